@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each message says what, where, what was expected, and the remedy."""
+
+
+class ChromaError(ValueError):
+    """Bad input to this package; the message is one line meant for the user."""
+
+
+class CheckpointError(ChromaError):
+    """A model file is unreadable, of another model, incomplete or damaged."""
+
+
+class PromptError(ChromaError):
+    """A prompt cannot be encoded."""
+
+
+class SamplingError(ChromaError):
+    """Sampling options or sigmas make no sense."""
+
+
+class ImageError(ChromaError):
+    """An image, mask or picture size cannot be used."""
+
+
+class WorkflowError(ChromaError):
+    """A workflow cannot be executed; the message names the node."""

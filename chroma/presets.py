@@ -1,0 +1,22 @@
+"""Settings that belong together, as the model's author recommends them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Steps, guidance scale, sampler, scheduler and shift for one variant of Chroma."""
+
+    steps: int
+    cfg: float
+    sampler: str
+    scheduler: str = "beta"
+    alpha: float = 0.6
+    beta: float = 0.6
+    shift: float = 1.0
+
+
+BASE = Preset(steps=26, cfg=4.0, sampler="res_multistep")
+# Chroma1-Flash has its guidance baked in: cfg 1, and half the cost of a step.
+FLASH = Preset(steps=8, cfg=1.0, sampler="flash")
+PRESETS: dict[str, Preset] = {"Base / HD": BASE, "Flash": FLASH}

@@ -1,0 +1,107 @@
+"""Chroma: a noisy latent, its sigma and a text embedding in, the velocity out."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .approximator import Approximator, ModulationTable, approximator_input
+from .blocks import DoubleBlock, FinalLayer, SingleBlock, layer_norm, run_double, run_single
+from .config import THETA, ChromaConfig
+from .latents import pack, pad_to_patch, position_ids, text_mask, unpack
+from .ops import Attention, modulate, rope_table, sdpa
+
+
+class ChromaTransformer(nn.Module):
+    """The transformer of Chroma1 at any width and depth.
+
+    `operations` is a namespace with Linear (default torch.nn); `attention` maps (q, k, v, mask)
+    of (B, H, L, D) to (B, L, H*D).
+    """
+
+    def __init__(
+        self,
+        config: ChromaConfig,
+        operations: Any = nn,
+        attention: Attention = sdpa,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.attention = config, attention
+        kw: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.img_in = operations.Linear(config.in_channels, config.hidden, **kw)
+        self.txt_in = operations.Linear(config.context_dim, config.hidden, **kw)
+        self.distilled_guidance_layer = Approximator(config, operations, **kw)
+        self.double_blocks = nn.ModuleList(
+            [DoubleBlock(config, operations, **kw) for _ in range(config.double_depth)]
+        )
+        self.single_blocks = nn.ModuleList(
+            [SingleBlock(config, operations, **kw) for _ in range(config.single_depth)]
+        )
+        self.final_layer = FinalLayer(config, operations, **kw)
+
+    def modulation_table(
+        self, sigma: Tensor, guidance: Tensor | None, dtype: torch.dtype
+    ) -> ModulationTable:
+        """Every modulation vector at the given sigmas (S,); `guidance` is 0 where None."""
+        config = self.config
+        x = approximator_input(sigma, guidance, config.modulations, config.approximator_in)
+        vectors = self.distilled_guidance_layer(x.to(dtype))
+        return ModulationTable(vectors, config.double_depth, config.single_depth)
+
+    def forward(
+        self,
+        latent: Tensor,
+        sigma: Tensor,
+        context: Tensor,
+        lengths: Tensor | None = None,
+        *,
+        table: ModulationTable | None = None,
+    ) -> Tensor:
+        """Velocity (noise minus image) at `latent` (B, 16, h, w).
+
+        sigma: (B,) in [0, 1], 1 is pure noise. context: text embedding (B, T, context_dim).
+        lengths: (B,) tokens of each row that exist, where they differ. table: the modulation
+        at these sigmas, when the caller has it already; it is made once here otherwise.
+        """
+        h, w = latent.shape[-2:]
+        latent = pad_to_patch(latent)
+        tokens = pack(latent)
+        if table is None:
+            table = self.modulation_table(distinct(sigma), None, latent.dtype)
+        mask = None
+        if lengths is not None and bool((lengths != context.shape[1]).any()):
+            mask = text_mask(lengths, context.shape[1], tokens.shape[1], latent.dtype)
+        velocity = self.run(tokens, context, table, latent.shape[-2:], mask)
+        return unpack(velocity, *latent.shape[-2:])[..., :h, :w]
+
+    def run(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        table: ModulationTable,
+        size: torch.Size | tuple[int, int],
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Velocity of packed tokens (B, L, 64); size is the even latent's height and width."""
+        heads, attention = self.config.heads, self.attention
+        img, txt = self.img_in(tokens), self.txt_in(context)
+        ids = position_ids(txt.shape[1], size[0], size[1], tokens.device)
+        rope = rope_table(ids, self.config.rope_axes, THETA)
+        for i, block in enumerate(self.double_blocks):
+            mods = tuple(table.double(i))
+            img, txt = run_double(
+                block, img, txt, mods, rope, mask, heads=heads, attention=attention
+            )  # fmt: skip
+        x = torch.cat([txt, img], dim=1)
+        for i, block in enumerate(self.single_blocks):
+            x = run_single(block, x, table.single(i), rope, mask, heads=heads, attention=attention)
+        img = x[:, txt.shape[1] :]
+        return self.final_layer.linear(modulate(layer_norm(img), *table.final()))
+
+
+def distinct(sigma: Tensor) -> Tensor:
+    """One sigma where the whole batch shares it, so that the approximator runs one row."""
+    return sigma[:1] if bool((sigma == sigma[0]).all()) else sigma
