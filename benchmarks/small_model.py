@@ -16,8 +16,6 @@ from random import Random
 
 import numpy as np
 import torch
-from PIL import Image
-
 from chroma_nodes.chroma.pipeline import Pipeline, Settings, generate
 from chroma_nodes.chroma.tiny.dataset import (
     COLOURS,
@@ -31,6 +29,7 @@ from chroma_nodes.chroma.tiny.dataset import (
     held_out,
     load_concepts,
 )
+from PIL import Image
 
 SMALL = 32
 BATCH = 20

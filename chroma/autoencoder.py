@@ -116,12 +116,37 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int, groups: int, ops: Any, **kw: Any) -> nn.Module:
-    mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, groups, ops, **kw)
-    mid.attn_1 = AttnBlock(channels, groups, ops, **kw)
-    mid.block_2 = ResnetBlock(channels, channels, groups, ops, **kw)
-    return mid
+class Middle(nn.Module):
+    """Two residual blocks around attention, at the latent's resolution."""
+
+    def __init__(self, channels: int, groups: int, ops: Any, **kw: Any) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups, ops, **kw)
+        self.attn_1 = AttnBlock(channels, groups, ops, **kw)
+        self.block_2 = ResnetBlock(channels, channels, groups, ops, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the way to the next one."""
+
+    def __init__(
+        self, c_in: int, c_out: int, blocks: int, groups: int, ops: Any, **kw: Any
+    ) -> None:
+        super().__init__()
+        widths = [c_in] + [c_out] * (blocks - 1)
+        self.block = nn.ModuleList([ResnetBlock(w, c_out, groups, ops, **kw) for w in widths])
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        for resize in (self.downsample, self.upsample):
+            x = x if resize is None else resize(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -133,27 +158,21 @@ class Encoder(nn.Module):
         c_in = config.channels
         self.conv_in = ops.Conv2d(3, c_in, 3, padding=1, **kw)
         self.down = nn.ModuleList()
-        for level, width in enumerate(widths):
-            down = nn.Module()
-            down.block = nn.ModuleList()
-            for _ in range(config.res_blocks):
-                down.block.append(ResnetBlock(c_in, width, config.groups, ops, **kw))
-                c_in = width
-            if level < len(widths) - 1:
-                down.downsample = Downsample(width, ops, **kw)
-            self.down.append(down)
-        self.mid = _middle(c_in, config.groups, ops, **kw)
+        for index, width in enumerate(widths):
+            level = Level(c_in, width, config.res_blocks, config.groups, ops, **kw)
+            if index < len(widths) - 1:
+                level.downsample = Downsample(width, ops, **kw)
+            self.down.append(level)
+            c_in = width
+        self.mid = Middle(c_in, config.groups, ops, **kw)
         self.norm_out = ops.GroupNorm(config.groups, c_in, eps=1e-6, **kw)
         self.conv_out = ops.Conv2d(c_in, 2 * config.latent_channels, 3, padding=1, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for down in self.down:
-            for block in down.block:
-                x = block(x)
-            if hasattr(down, "downsample"):
-                x = down.downsample(x)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        for level in self.down:
+            x = level(x)
+        x = self.mid(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -165,29 +184,22 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in config.multipliers]
         c_in = widths[-1]
         self.conv_in = ops.Conv2d(config.latent_channels, c_in, 3, padding=1, **kw)
-        self.mid = _middle(c_in, config.groups, ops, **kw)
+        self.mid = Middle(c_in, config.groups, ops, **kw)
         levels = []
-        for level in reversed(range(len(widths))):
-            up = nn.Module()
-            up.block = nn.ModuleList()
-            for _ in range(config.res_blocks + 1):
-                up.block.append(ResnetBlock(c_in, widths[level], config.groups, ops, **kw))
-                c_in = widths[level]
-            if level > 0:
-                up.upsample = Upsample(c_in, ops, **kw)
-            levels.append(up)
+        for index in reversed(range(len(widths))):
+            level = Level(c_in, widths[index], config.res_blocks + 1, config.groups, ops, **kw)
+            if index > 0:
+                level.upsample = Upsample(widths[index], ops, **kw)
+            levels.append(level)
+            c_in = widths[index]
         self.up = nn.ModuleList(reversed(levels))  # named by resolution: up.0 is the finest
         self.norm_out = ops.GroupNorm(config.groups, c_in, eps=1e-6, **kw)
         self.conv_out = ops.Conv2d(c_in, 3, 3, padding=1, **kw)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        for up in reversed(self.up):
-            for block in up.block:
-                x = block(x)
-            if hasattr(up, "upsample"):
-                x = up.upsample(x)
+        x = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

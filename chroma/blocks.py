@@ -3,6 +3,7 @@
 Shapes: B batch, L tokens, T text tokens, H heads, D head dimension, C width.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -81,9 +82,7 @@ class FinalLayer(nn.Module):
         self.linear = ops.Linear(config.hidden, config.in_channels, **kw)
 
 
-def _project(
-    attn: Any, x: Tensor, mod: Modulation, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _project(attn: Any, x: Tensor, mod: Modulation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = split_heads(attn.qkv(modulate(layer_norm(x), mod.shift, mod.scale)), heads)
     q, k = _qk_norm(attn.norm, q, k)
     return q, k, v
@@ -98,7 +97,7 @@ def run_double(
     block: Any,
     img: Tensor,
     txt: Tensor,
-    mods: tuple[tuple[Modulation, Modulation], tuple[Modulation, Modulation]],
+    mods: Iterable[tuple[Modulation, Modulation]],
     rope: Tensor,
     mask: Tensor | None,
     *,

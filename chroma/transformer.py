@@ -91,7 +91,7 @@ class ChromaTransformer(nn.Module):
         ids = position_ids(txt.shape[1], size[0], size[1], tokens.device)
         rope = rope_table(ids, self.config.rope_axes, THETA)
         for i, block in enumerate(self.double_blocks):
-            mods = tuple(table.double(i))
+            mods = table.double(i)
             img, txt = run_double(
                 block, img, txt, mods, rope, mask, heads=heads, attention=attention
             )  # fmt: skip

@@ -1,6 +1,8 @@
-"""Rebuild the small model: `python -m chroma_nodes.chroma.tiny.build WORK --font NotoColorEmoji.ttf`.
+"""Rebuild the small model.
 
-WORK keeps the sources, the pictures and the training state; an interrupted build goes on from there.
+    python -m chroma_nodes.chroma.tiny.build WORK --font NotoColorEmoji.ttf
+
+WORK keeps sources, pictures and the training state; an interrupted build goes on from there.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from .dataset import COLOURS, POSITIONS, SIZES, STYLES, Concept, Scene, with_art
 
 VOCABULARY = 1024
 SPECIAL = ("<pad>", "</s>", "<unk>")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"()-’"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"()-"
 # Score of a single letter: below any word's, so that words win.
 RARE = -20.0
 # Chance that a caption is empty, so that the model knows the unconditional flow (CFG).

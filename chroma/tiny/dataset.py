@@ -42,10 +42,11 @@ POSITIONS = {
 }
 MARGIN = 4
 SUBGROUPS = (
-    "animal-mammal animal-bird animal-amphibian animal-reptile animal-marine animal-bug "
-    "plant-flower plant-other food-fruit food-vegetable food-prepared food-asian food-sweet drink "
-    "dishware transport-water transport-air musical-instrument event game arts-crafts tool science"
-).split()
+    "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine",
+    "animal-bug", "plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared",
+    "food-asian", "food-sweet", "drink", "dishware", "transport-water", "transport-air",
+    "musical-instrument", "event", "game", "arts-crafts", "tool", "science",
+)  # fmt: skip
 # The bitmap strike that NotoColorEmoji.ttf holds; FreeType refuses every other size.
 NOTO_STRIKE = 109
 
@@ -109,17 +110,23 @@ def load_concepts(sources: Sources) -> list[Concept]:
     entries = json.loads((sources.emojibase_data / "en" / "data.json").read_text("utf-8"))
     groups = json.loads((sources.emojibase_data / "meta" / "groups.json").read_text("utf-8"))
     font = ImageFont.truetype(str(sources.noto_font), NOTO_STRIKE)
-    missing = bytes(font.getmask("\U0010ffff", mode="L"))
+    missing = _glyph(font, "\U0010ffff")
     concepts = []
     for entry in sorted(entries, key=lambda e: e.get("order", 0)):
         subgroup = groups["subgroups"].get(str(entry.get("subgroup")))
         if subgroup not in SUBGROUPS or "-200D" in entry["hexcode"]:
             continue
         concept = Concept(entry["hexcode"], entry["label"].lower(), tuple(entry.get("tags", ())))
-        drawn = bytes(font.getmask(concept.text, mode="L")) != missing
+        drawn = _glyph(font, concept.text) != missing
         if drawn and _fluent_file(sources, concept) is not None:
             concepts.append(concept)
     return concepts
+
+
+def _glyph(font: ImageFont.FreeTypeFont, text: str) -> bytes:
+    image = Image.new("RGBA", (160, 160))
+    ImageDraw.Draw(image).text((8, 8), text, font=font, embedded_color=True)
+    return image.tobytes()
 
 
 def _fluent_file(sources: Sources, concept: Concept) -> Path | None:
@@ -141,7 +148,9 @@ def cutout(sources: Sources, concept: Concept, style: str) -> Image.Image:
         if path is None:
             raise FileNotFoundError(f"no 3d artwork for {concept.name} ({concept.hexcode})")
         image = Image.open(path).convert("RGBA")
-    return image.crop(image.getchannel("A").point(lambda a: 255 if a > 8 else 0).getbbox())
+    visible = np.asarray(image.getchannel("A")) > 8
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    return image.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
 
 
 def render(
@@ -162,7 +171,7 @@ def render(
 
 
 def held_out(concepts: Sequence[Concept], seed: int = 0) -> set[tuple[str, str, str]]:
-    """One background colour per emoji and style that training never shows: (hexcode, style, colour)."""
+    """One (hexcode, style, colour) per emoji and style, which training never shows."""
     random = Random(seed)
     return {
         (concept.hexcode, style, random.choice(list(COLOURS)))

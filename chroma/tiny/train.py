@@ -1,7 +1,8 @@
 """Train the small text encoder and transformer together, by flow matching on latents.
 
 The recipe is Chroma's own (lodestone-rock/flow): target noise minus image, time density
-2 - 7.7 (t - 1/2)^2, minibatch optimal transport between images and noise, a share of empty captions.
+2 - 7.7 (t - 1/2)^2, minibatch optimal transport between images and noise,
+some captions empty.
 """
 
 import copy
@@ -77,8 +78,9 @@ class TextToVelocity(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         # T5 does not scale its scores, so the queries start small enough to do it for it.
-        for block in self.text_encoder.encoder.block:
-            block.layer[0].SelfAttention.q.weight.data /= self.text_encoder.config.d_kv**0.5
+        for name, weight in self.text_encoder.named_parameters():
+            if name.endswith("SelfAttention.q.weight"):
+                weight.data /= self.text_encoder.config.d_kv**0.5
         nn.init.normal_(self.text_encoder.shared.weight, std=1.0)
 
     def forward(self, latent: Tensor, t: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -119,7 +121,7 @@ def pair_noise(latent: Tensor, noise: Tensor) -> Tensor:
 
 def pad_tokens(ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token lists without end tokens to (B, MAX_TEXT), one pad at least, and lengths (B,)."""
-    rows = [list(row[: MAX_TEXT - 2]) + [1] for row in ids]
+    rows = [[*row[: MAX_TEXT - 2], 1] for row in ids]
     tokens = torch.zeros(len(rows), MAX_TEXT, dtype=torch.long)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
@@ -135,7 +137,7 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 
 
 def update_ema(average: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """Exponential average of the weights, faster at the start so that it forgets the random ones."""
+    """Exponential average of the weights, faster at the start to forget the random ones."""
     decay = min(decay, (1 + step) / (10 + step))
     with torch.no_grad():
         for mean, value in zip(average.parameters(), model.parameters(), strict=True):
@@ -206,5 +208,8 @@ def save(model: TextToVelocity, folder: Path) -> None:
         ("text_encoder", model.text_encoder, "t5-v1.1-encoder"),
     ):
         state = {k: v.to(torch.bfloat16).contiguous() for k, v in part.state_dict().items()}
-        metadata = {"modelspec.architecture": architecture, "modelspec.resolution": f"{SIZE}x{SIZE}"}
+        metadata = {
+            "modelspec.architecture": architecture,
+            "modelspec.resolution": f"{SIZE}x{SIZE}",
+        }
         save_file(state, folder / f"{name}.safetensors", metadata=metadata)

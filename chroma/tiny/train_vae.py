@@ -106,10 +106,11 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         if step % 200 == 0:
-            error = F.mse_loss(output.float(), target).item()
+            psnr = 10 * math.log10(4 / F.mse_loss(output.float(), target).item())
+            std, spent = mean.float().std().item(), time.monotonic() - started
             log.info(
                 "autoencoder step %d: loss %.4f, psnr %.2f dB, latent std %.2f, %.0f s",
-                step, loss.item(), 10 * math.log10(4 / error), mean.float().std().item(), time.monotonic() - started,
+                step, loss.item(), psnr, std, spent,
             )  # fmt: skip
     return model.eval()
 
