@@ -1,0 +1,34 @@
+"""The beta schedule (Lee et al. 2024, arXiv:2407.12173): steps at quantiles of a beta law."""
+
+import math
+
+import numpy as np
+from scipy.special import betaincinv
+from torch import Tensor
+
+from ..chroma.errors import SamplingError
+from .rounding import check_steps, finish, look_up
+from .shift import apply_shift, check_shift
+
+
+def _quantiles(positions: np.ndarray, alpha: float, beta: float) -> np.ndarray:
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not (math.isfinite(value) and 0 < value <= 50):
+            raise SamplingError(f"{name} {value} is not usable; expected a number above 0, up to 50")
+    return np.asarray(betaincinv(alpha, beta, positions))
+
+
+def beta_sigmas(
+    steps: int, *, shift: float = 1.0, alpha: float = 0.6, beta: float = 0.6
+) -> Tensor:
+    """steps + 1 sigmas, fp32: quantiles of Beta(alpha, beta) at even steps from 1 to 0, shifted."""
+    positions = 1 - np.arange(check_steps(steps) + 1) / steps
+    return finish(apply_shift(_quantiles(positions, alpha, beta), check_shift(shift)), "beta")
+
+
+def beta_sigmas_compat(
+    steps: int, table: Tensor, *, alpha: float = 0.6, beta: float = 0.6
+) -> Tensor:
+    """ComfyUI's numbers: the quantiles rounded to the entries of a rising sigma table."""
+    positions = 1 - np.linspace(0, 1, check_steps(steps), endpoint=False)
+    return look_up(_quantiles(positions, alpha, beta), table)

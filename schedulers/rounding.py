@@ -1,0 +1,40 @@
+"""ComfyUI's way to a schedule: positions rounded to the entries of a sigma table."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..chroma.errors import SamplingError
+
+
+def check_steps(steps: int) -> int:
+    """The count itself if it is usable. Raises SamplingError otherwise."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
+        raise SamplingError(f"steps {steps} is not usable; expected a whole number from 1 to 10000")
+    return steps
+
+
+def look_up(positions: Sequence[float] | np.ndarray, table: Tensor) -> Tensor:
+    """Falling sigmas at positions in [0, 1], repeated entries left out, 0 at the end; fp32.
+
+    Leaving out is ComfyUI's habit: the result may have fewer than steps + 1 values.
+    """
+    index = np.rint(np.asarray(positions) * (len(table) - 1)).astype(int)
+    keep = np.r_[True, index[1:] != index[:-1]]
+    return torch.cat([table[index[keep].tolist()].float(), torch.zeros(1)])
+
+
+def finish(sigmas: np.ndarray, name: str) -> Tensor:
+    """Exact fp64 sigmas from 1 to 0 as fp32, checked to fall strictly.
+
+    Raises SamplingError where fp32 cannot tell two neighbours apart.
+    """
+    out = torch.from_numpy(sigmas).float()
+    if not bool((out[1:] < out[:-1]).all()):
+        raise SamplingError(
+            f"{name} with {len(sigmas) - 1} steps puts neighbours closer than fp32 can hold; "
+            "use fewer steps or milder parameters"
+        )
+    return out

@@ -1,0 +1,152 @@
+"""Samplers against analytic flows, whose solutions are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from chroma_nodes.chroma.errors import SamplingError
+from chroma_nodes.samplers import SAMPLERS
+from chroma_nodes.samplers.steps import quadrature
+from scipy.integrate import solve_ivp
+from test_schedulers import REFERENCE
+
+SPREAD = 0.4
+ORDER = {"euler": 1, "heun": 2, "res_multistep": 2, "flash": 2}
+
+
+def gaussian(x, sigma, **_):
+    """Denoised picture where all pictures are normal with deviation SPREAD around 0.5."""
+    s = sigma.view(-1, *[1] * (x.ndim - 1)).to(x)
+    variance = (1 - s) ** 2 * SPREAD**2 + s**2
+    return 0.5 + (1 - s) * SPREAD**2 / variance * (x - (1 - s) * 0.5)
+
+
+def gaussian_solution(x, start, end):
+    def deviation(s):
+        return math.sqrt((1 - s) ** 2 * SPREAD**2 + s**2)
+
+    return (1 - end) * 0.5 + (x - (1 - start) * 0.5) * deviation(end) / deviation(start)
+
+
+def two_modes(x, sigma, **_):
+    """Denoised picture where pictures are -1 or 1, each blurred by SPREAD."""
+    s = sigma.view(-1, *[1] * (x.ndim - 1)).to(x)
+    variance = (1 - s) ** 2 * SPREAD**2 + s**2
+    means = torch.stack([-(1 - s), (1 - s)])
+    weight = torch.softmax(-((x - means) ** 2) / (2 * variance), dim=0)
+    each = torch.stack([-torch.ones_like(x), torch.ones_like(x)])
+    each = each + (1 - s) * SPREAD**2 / variance * (x - means)
+    return (weight * each).sum(0)
+
+
+def run(name, model, x, sigmas, **kw):
+    return SAMPLERS[name](model, x, sigmas, disable=True, **kw)
+
+
+def grid(steps, start=1.0, end=0.1):
+    return torch.linspace(start, end, steps + 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_order_of_convergence(name):
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[None]
+    exact = gaussian_solution(x, 1.0, 0.1)
+    errors = [
+        float((run(name, gaussian, x, grid(n)) - exact).abs().max()) for n in (16, 32, 64, 128)
+    ]
+    slopes = np.diff(np.log2(errors))
+    assert -slopes[-1] == pytest.approx(ORDER[name], abs=0.3) or -slopes[-1] > ORDER[name]
+    assert -slopes[-1] < 4.5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_converges_on_a_mixture_as_scipy_does(name):
+    starts = np.array([-1.7, -0.4, 0.3, 1.1])
+
+    def field(s, x):
+        out = two_modes(torch.tensor(x)[None], torch.tensor([s], dtype=torch.float64))
+        return ((torch.tensor(x) - out[0]) / s).numpy()
+
+    truth = solve_ivp(field, (1.0, 0.05), starts, rtol=1e-9, atol=1e-10).y[:, -1]
+    ours = run(name, two_modes, torch.tensor(starts)[None], grid(300, end=0.05))[0]
+    tolerance = 2e-2 if name == "euler" else 2e-3
+    np.testing.assert_allclose(ours.numpy(), truth, atol=tolerance)
+
+
+def test_second_order_beats_euler_at_equal_evaluations():
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[None]
+    exact = gaussian_solution(x, 1.0, 0.1)
+
+    def error(name, steps):
+        return float((run(name, gaussian, x, grid(steps)) - exact).abs().max())
+
+    assert error("flash", 8) < error("heun", 8) < error("euler", 16)
+    assert error("res_multistep", 16) < error("euler", 16)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_model_that_knows_the_picture_is_followed_exactly(name):
+    picture = torch.randn(2, 3, 4, 4)
+    noise = torch.randn(2, 3, 4, 4)
+    out = run(name, lambda x, s: picture, noise, torch.tensor([1.0, 0.6, 0.5, 0.1, 0.0]))
+    assert torch.equal(out, picture)
+    part = run(name, lambda x, s: picture, noise, torch.tensor([1.0, 0.6, 0.5, 0.2]))
+    torch.testing.assert_close(part, 0.8 * picture + 0.2 * noise, rtol=1e-5, atol=1e-5)
+    start = 0.7 * picture + 0.3 * noise
+    torch.testing.assert_close(
+        run(name, lambda x, s: picture, start, torch.tensor([0.3, 0.2, 0.1])),
+        0.9 * picture + 0.1 * noise, rtol=1e-5, atol=1e-5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 16, 4, 4), (1, 2, 3, 4, 5)])
+def test_contract(name, shape):
+    x = torch.randn(shape)
+    keep, sigmas = x.clone(), torch.tensor([1.0, 0.7, 0.4, 0.1, 0.0])
+    extra, calls, reports = {"seed": 7}, [], []
+
+    def model(x, sigma, seed):
+        assert sigma.shape == (shape[0],) and seed == 7
+        calls.append(float(sigma[0]))
+        return gaussian(x, sigma)
+
+    out = run(name, model, x, sigmas, extra_args=extra, callback=reports.append)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    assert torch.equal(x, keep) and extra == {"seed": 7}
+    assert torch.equal(sigmas, torch.tensor([1.0, 0.7, 0.4, 0.1, 0.0]))
+    assert [r["i"] for r in reports] == [0, 1, 2, 3]
+    assert [r["sigma"] for r in reports] == pytest.approx([1.0, 0.7, 0.4, 0.1])
+    assert all(r["denoised"].shape == x.shape for r in reports)
+    assert len(calls) == (7 if name in ("heun", "flash") else 4)
+    alone = run(name, gaussian, x[:1], sigmas)
+    torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_nothing_to_do(name):
+    x = torch.randn(1, 2)
+    assert torch.equal(run(name, gaussian, x, torch.tensor([0.5])), x)
+    assert torch.equal(run(name, gaussian, x, torch.zeros(0)), x)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sigmas", "says"),
+    [
+        ([1.0, 0.5, 0.6, 0.0], "0.6 follows 0.5 at step 2"),
+        ([1.0, 0.5, 0.5, 0.0], "must fall"),
+        ([1.0, math.nan, 0.0], "finite"),
+        ([14.6, 3.0, 0.0], "from 0 to 1"),
+    ],
+)
+def test_unusable_sigmas(name, sigmas, says):
+    with pytest.raises(SamplingError, match=says):
+        run(name, gaussian, torch.randn(1, 2), torch.tensor(sigmas))
+
+
+@pytest.mark.parametrize("case", REFERENCE["_velocity_quadrature_test_vectors"])
+def test_quadrature_weights(case):
+    weights = quadrature(case["nodes"], case["s"], case["t"])
+    np.testing.assert_allclose(weights, case["weights"], rtol=1e-9, atol=1e-12)
