@@ -14,7 +14,9 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIZE = 128
+from .files import SIZE
+
+
 STYLES = ("flat", "3d")
 COLOURS = {
     "red": (214, 40, 40),

@@ -1,0 +1,69 @@
+"""Tell what a file holds by the names and shapes of its tensors."""
+
+from collections.abc import Mapping
+from enum import Enum
+
+from .reader import TensorInfo
+
+
+class Kind(Enum):
+    """The kinds of file people confuse; the value is the name shown to them."""
+
+    CHROMA = "a Chroma transformer"
+    CHROMA_DIFFUSERS = "a Chroma transformer in diffusers' layout"
+    RADIANCE = "a Chroma1-Radiance transformer"
+    FLUX = "a Flux transformer"
+    FLUX_DIFFUSERS = "a Flux transformer in diffusers' layout"
+    SD3 = "a Stable Diffusion 3 transformer"
+    SDXL = "a Stable Diffusion XL checkpoint"
+    SD = "a Stable Diffusion 1 or 2 checkpoint"
+    T5 = "a T5 text encoder"
+    CLIP = "a CLIP text encoder"
+    AUTOENCODER = "a Flux autoencoder"
+    AUTOENCODER_DIFFUSERS = "an autoencoder in diffusers' layout"
+    LORA = "a LoRA"
+    UNKNOWN = "of a kind that is not known here"
+
+
+def identify(tensors: Mapping[str, TensorInfo]) -> Kind:
+    """The kind of a file, from its header alone. Prefixes of any depth are looked through."""
+    text = "\n".join(tensors)
+
+    def has(*parts: str) -> bool:
+        return all(part in text for part in parts)
+
+    if any(mark in text for mark in (".lora_A.", ".lora_down.", "lora_up", ".lokr_", ".hada_")):
+        return Kind.LORA
+    if has("distilled_guidance_layer", "double_blocks."):
+        return Kind.RADIANCE if has("nerf_blocks.") else Kind.CHROMA
+    if has("double_blocks.", "img_attn"):
+        return Kind.FLUX
+    if has("single_transformer_blocks."):
+        return Kind.CHROMA_DIFFUSERS if has("distilled_guidance_layer") else Kind.FLUX_DIFFUSERS
+    if has("joint_blocks."):
+        return Kind.SD3
+    if has("input_blocks.", "output_blocks."):
+        return Kind.SDXL if has("conditioner.") or has("label_emb.") else Kind.SD
+    if has("SelfAttention.relative_attention_bias"):
+        return Kind.T5
+    if has("text_model.encoder.layers"):
+        return Kind.CLIP
+    if has("decoder.up.", "encoder.down."):
+        return Kind.AUTOENCODER
+    if has("decoder.up_blocks.", "encoder.down_blocks."):
+        return Kind.AUTOENCODER_DIFFUSERS
+    return Kind.UNKNOWN
+
+
+def quantisation(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The name of the quantised format a file is in, or None where its weights are plain."""
+    if any(name.endswith(".comfy_quant") for name in tensors):
+        return "ComfyUI's mixed quantisation (comfy_quant)"
+    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in tensors):
+        return "scaled fp8"
+    dtypes = {info.dtype for info in tensors.values() if len(info.shape) > 1}
+    if any(dtype.startswith("F8") for dtype in dtypes):
+        return "fp8"
+    if dtypes & {"I8", "U8", "F4"}:
+        return "8-bit or 4-bit integers"
+    return None
