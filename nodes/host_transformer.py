@@ -18,7 +18,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..chroma.approximator import Modulation, ModulationTable
+from ..chroma.approximator import ModulationTable
 from ..chroma.blocks import DoubleBlock, SingleBlock, layer_norm, run_double, run_single
 from ..chroma.config import PATCH, THETA, ChromaConfig
 from ..chroma.errors import CheckpointError
@@ -133,10 +133,8 @@ class HostTransformer(ChromaTransformer):
             return table.final()
         if block_type == "single":
             return table.single(idx)
-        image, text = table.double(idx), None
-        pairs = list(image)
-        pairs = [(pairs[0]), (pairs[1])]
-        return pairs[0] if block_type == "double_img" else pairs[1]
+        image, text = table.double(idx)
+        return {"double_img": image, "double_txt": text}[block_type]
 
     def _table(self, sigma: Tensor, dtype: torch.dtype, options: dict) -> ModulationTable:
         if torch.compiler.is_compiling():
@@ -233,20 +231,23 @@ def adopt(native: nn.Module) -> HostTransformer:
             f"this MODEL is {type(native).__name__}, which has no {missing[0]}; "
             "expected Chroma, so connect a loader of a Chroma file"
         )
-    p = native.params
-    config = ChromaConfig(
+    return HostTransformer(native, _config(native.params), native.params, native.dtype)
+
+
+def _config(p: Any) -> ChromaConfig:
+    """Our configuration from ComfyUI's names for the same numbers."""
+    return ChromaConfig(
         in_channels=p.in_channels,
         context_dim=p.context_in_dim,
         hidden=p.hidden_size,
         heads=p.num_heads,
-        mlp_hidden=int(p.hidden_size * p.mlp_ratio),
-        double_depth=len(native.double_blocks),
-        single_depth=len(native.single_blocks),
+        mlp_hidden=round(p.hidden_size * p.mlp_ratio),
+        double_depth=p.depth,
+        single_depth=p.depth_single_blocks,
         approximator_in=p.in_dim,
         approximator_hidden=p.hidden_dim,
         approximator_depth=p.n_layers,
     )
-    return HostTransformer(native, config, p, native.dtype)
 
 
 def core_settings(config: ChromaConfig) -> dict[str, Any]:
@@ -274,14 +275,7 @@ def core_settings(config: ChromaConfig) -> dict[str, Any]:
 
 def build(*, operations: Any, device: Any = None, dtype: Any = None, **settings: Any) -> nn.Module:
     """A transformer of any width from ComfyUI's `unet_config` and `operations`."""
-    p = SimpleNamespace(**settings)
-    config = ChromaConfig(
-        p.in_channels, p.context_in_dim, p.hidden_size, p.num_heads,
-        round(p.hidden_size * p.mlp_ratio), p.depth, p.depth_single_blocks,
-        p.in_dim, p.hidden_dim, p.n_layers,
-    )  # fmt: skip
+    params = SimpleNamespace(**settings)
+    config = _config(params)
     model = ChromaTransformer(config, operations, device=device, dtype=dtype)
-    return HostTransformer(model, config, p, dtype)
-
-
-__all__ = ["HostTransformer", "Modulation", "ModulationMemo", "adopt", "build", "core_settings"]
+    return HostTransformer(model, config, params, dtype)

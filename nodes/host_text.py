@@ -1,0 +1,241 @@
+"""Our text encoding behind ComfyUI's CLIP object.
+
+A CLIP that ComfyUI loaded keeps its weights and its memory management; our T5 runs over its layers
+in fp32, as ComfyUI's own does. Shapes: B batch, L tokens, C width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.model_management as management
+import comfy.ops
+import comfy.sd
+import comfy.text_encoders.t5
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..chroma.checkpoint import Kind, check_state, identify, read_header, read_text_encoder
+from ..chroma.checkpoint.keys import T5_PARTS, belonging
+from ..chroma.errors import CheckpointError
+from ..chroma.text.encoder import PadRule, TextEmbedding, TextEncoder
+from ..chroma.text.t5 import T5Config, T5Encoder
+from ..chroma.text.tokenizer import Tokenizer
+from ..chroma.tiny import files as small
+from .host import DTYPES
+from .host_model import refuse_unreadable
+
+ROWS, PAD_RULE, LENGTHS = "t5xxl", "chroma_pad_rule", "chroma_lengths"
+XXL_WIDTH = 4096
+Row = tuple[list[int], list[float]]
+
+
+class _Embedding(nn.Module):
+    """The token embedding in fp32, whatever precision it is stored in."""
+
+    def __init__(self, stored: nn.Module) -> None:
+        super().__init__()
+        self.stored = stored
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.stored(tokens, out_dtype=torch.float32)
+
+
+class _Placed:
+    """A T5 whose input belongs on `device`, wherever its weights wait."""
+
+    def __init__(self, t5: T5Encoder, device: torch.device) -> None:
+        self.t5, self.config, self.device = t5, t5.config, device
+
+    def __call__(self, *args: Any) -> Tensor:
+        return self.t5(*args)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.empty(0, device=self.device)
+
+
+class _RowEncoder(TextEncoder):
+    """A text encoder of rows that are tokens already."""
+
+    def _tokenize(self, prompt: Any, weighted: bool) -> Row:
+        return prompt
+
+
+class HostTokenizer:
+    """Prompts to weighted tokens, in the form of ComfyUI's own tokenizers."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        self._encoder = encoder
+
+    def tokenize_with_weights(
+        self, text: str | list[str], return_word_ids: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """{"t5xxl": rows of (id, weight[, position])}; a list of prompts gives a row each."""
+        rows = []
+        for prompt in [text] if isinstance(text, str) else text:
+            pairs = zip(*self._encoder._tokenize(prompt, True), strict=True)
+            ids = [(*pair, i) if return_word_ids else pair for i, pair in enumerate(pairs)]
+            rows.append(ids)
+        rule = options.get(PAD_RULE)
+        return {ROWS: rows} if rule is None else {ROWS: rows, PAD_RULE: rule}
+
+    def untokenize(self, pairs: list[tuple]) -> list[tuple]:
+        """Each token with the piece of text it stands for."""
+        return [(pair, self.decode([pair[0]])) for pair in pairs]
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        backend = self._encoder.tokenizer._backend
+        return backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+class HostTextModel(nn.Module):
+    """The model behind a CLIP: T5's layers under ComfyUI's names, our encoding of tokens."""
+
+    def __init__(self, t5xxl: nn.Module, tokenizer: Tokenizer, device: torch.device) -> None:
+        super().__init__()
+        self.t5xxl = t5xxl
+        # In a tuple, so that the shared layers are not registered a second time.
+        self._view = (view_of(t5xxl.transformer),)
+        self.tokenizer, self.load_device = tokenizer, device
+        self.reset_clip_options()
+
+    @property
+    def encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self._view[0])
+
+    def reset_clip_options(self) -> None:
+        self.device = self.load_device
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        """Of ComfyUI's options only the device concerns T5."""
+        self.device = options.get("execution_device", self.device)
+
+    @torch.no_grad()
+    def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, None, dict]:
+        """Hidden states (B, L, C) of the tokens that the transformer is to see, fp32.
+
+        Where the rows differ in length the extra values hold their lengths (B,), int64.
+        """
+        rows = [
+            ([token[0] for token in row], [float(token[1]) for token in row])
+            for row in tokens[ROWS]
+        ]
+        rule = PadRule(tokens.get(PAD_RULE, PadRule.REFERENCE))
+        encoder = _RowEncoder(self.tokenizer, _Placed(self._view[0], self.device))
+        embedding: TextEmbedding = encoder.encode(rows, rule)
+        lengths = embedding.lengths.cpu()
+        differ = bool((lengths != lengths[0]).any())
+        hidden = embedding.hidden.to(management.intermediate_device())
+        return hidden, None, {LENGTHS: lengths} if differ else {}
+
+
+def view_of(transformer: nn.Module) -> T5Encoder:
+    """Our T5 over the layers of another one with Hugging Face's names, which are shared.
+
+    Raises CheckpointError if they are not those of T5 v1.1.
+    """
+    try:
+        first = transformer.get_submodule("encoder.block.0.layer.0.SelfAttention")
+        bias, shared = first.relative_attention_bias, transformer.shared
+        heads = bias.embedding_dim
+        config = T5Config(
+            shared.num_embeddings, shared.embedding_dim, heads, first.q.out_features // heads,
+            transformer.get_submodule("encoder.block.0.layer.1.DenseReluDense.wi_0").out_features,
+            len(transformer.encoder.block), bias.num_embeddings,
+        )  # fmt: skip
+        with torch.device("meta"):
+            view = T5Encoder(config)
+        for name, module in list(view.named_modules()):
+            if not list(module.children()):
+                parent, _, leaf = name.rpartition(".")
+                setattr(view.get_submodule(parent), leaf, transformer.get_submodule(name))
+    except AttributeError:
+        raise _foreign(type(transformer).__name__) from None
+    view.shared = _Embedding(transformer.shared)
+    return view
+
+
+def _foreign(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"this CLIP holds {what}, expected a T5 v1.1 encoder; "
+        "use ChromaLoadTextEncoder, or CLIPLoader with type chroma"
+    )
+
+
+def t5_tokenizer() -> Tokenizer:
+    """T5's tokenizer, which comes with ComfyUI. Raises CheckpointError if it does not."""
+    folder = Path(comfy.text_encoders.t5.__file__).parent / "t5_tokenizer"
+    return Tokenizer.from_file(folder / "tokenizer.json")
+
+
+def adopt_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """A clone of a CLIP from any loader that encodes as Chroma was trained; or itself, if it does.
+
+    Raises CheckpointError if there is no T5 in it.
+    """
+    model = clip.cond_stage_model
+    if isinstance(model, HostTextModel):
+        return clip
+    t5xxl = getattr(model, "t5xxl", None)
+    if not hasattr(t5xxl, "transformer"):
+        raise _foreign(type(model).__name__)
+    return _as_clip(HostTextModel(t5xxl, t5_tokenizer(), clip.patcher.load_device), clip.clone())
+
+
+def _as_clip(model: HostTextModel, clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    clip.cond_stage_model = model
+    clip.tokenizer = HostTokenizer(model.encoder)
+    return clip
+
+
+def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
+    """A CLIP from a T5 file: ComfyUI loads T5-XXL, others are built here. Raises CheckpointError."""
+    header = read_header(path)
+    kind = identify(header.tensors)
+    if kind is not Kind.T5:
+        raise CheckpointError(
+            f"{path.name} is {kind.value}, expected a T5 text encoder; "
+            "choose t5xxl_fp16.safetensors or another T5 v1.1 XXL file"
+        )
+    dtype = DTYPES.get(dtype_choice)
+    names = belonging(header.tensors, T5_PARTS)
+    shapes = {short: header.tensors[name].shape for name, short in names.items()}
+    queries = shapes.get("encoder.block.0.layer.0.SelfAttention.q.weight", (0,))
+    if queries[0] != XXL_WIDTH:
+        return build_clip(path, dtype)
+    refuse_unreadable(header)
+    clip = comfy.sd.load_clip(
+        [str(path)],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.CHROMA,
+        model_options={} if dtype is None else {"dtype": dtype},
+    )
+    return adopt_clip(clip)
+
+
+def build_clip(path: Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
+    """A CLIP of any width whose tokenizer.json lies beside it. Raises CheckpointError."""
+    config, state = read_text_encoder(path)
+    with torch.device("meta"):
+        check_state(T5Encoder(config), state, path)
+    device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
+    dtype = dtype or management.text_encoder_dtype(device)
+    holder = nn.Module()
+    holder.transformer = T5Encoder(config, comfy.ops.manual_cast, device=offload, dtype=dtype)
+    holder.transformer.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
+    beside = path.with_name("tokenizer.json")
+    tokenizer = Tokenizer.from_file(beside if beside.exists() else small.TOKENIZER)
+    model = HostTextModel(holder.eval().requires_grad_(False), tokenizer, device)
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.patcher = ModelPatcher(model, device, offload)
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    clip.layer_idx, clip.apply_hooks_to_conds = None, None
+    clip.tokenizer_options, clip.use_clip_schedule = {}, False
+    return _as_clip(model, clip)
