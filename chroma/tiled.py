@@ -1,4 +1,4 @@
-"""Decode large latents in overlapping tiles, so that memory follows the tile and not the picture."""
+"""Decode large latents in overlapping tiles: memory follows the tile and not the picture."""
 
 import torch
 from torch import Tensor

@@ -55,9 +55,7 @@ def weight_dtype(choice: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
 
 
-def compute_natively(
-    patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None
-) -> None:
+def compute_natively(patcher: comfy.model_patcher.ModelPatcher, dtype: torch.dtype | None) -> None:
     """Let a CPU with bf16 instructions compute in the bf16 that the weights are in."""
     if dtype is torch.bfloat16 and patcher.load_device.type == "cpu" and cpu_has_bf16():
         patcher.set_model_compute_dtype(dtype)

@@ -41,7 +41,7 @@ class _Embedding(nn.Module):
         self.stored = stored
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.stored(tokens, out_dtype=torch.float32)
+        return self.stored(tokens, out_dtype=torch.float32).float()
 
 
 class _Placed:
@@ -195,7 +195,7 @@ def _as_clip(model: HostTextModel, clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 
 def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
-    """A CLIP from a T5 file: ComfyUI loads T5-XXL, others are built here. Raises CheckpointError."""
+    """A CLIP from a T5 file: ComfyUI loads T5-XXL, we build others. Raises CheckpointError."""
     header = read_header(path)
     kind = identify(header.tensors)
     if kind is not Kind.T5:
@@ -225,7 +225,7 @@ def build_clip(path: Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
     with torch.device("meta"):
         check_state(T5Encoder(config), state, path)
     device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
-    dtype = dtype or management.text_encoder_dtype(device)
+    dtype = dtype or torch.float32
     holder = nn.Module()
     holder.transformer = T5Encoder(config, comfy.ops.manual_cast, device=offload, dtype=dtype)
     holder.transformer.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})

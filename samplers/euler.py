@@ -9,7 +9,7 @@ from .steps import check_sigmas, report, velocity
 
 @torch.no_grad()
 def sample_euler(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None):
-    """Integrate dx/dsigma = v by straight steps (Karras et al. 2022, algorithm 1, without churn)."""
+    """Straight steps along dx/dsigma = v (Karras et al. 2022, algorithm 1, without churn)."""
     s, extra = check_sigmas(sigmas), extra_args or {}
     for i in trange(len(s) - 1, disable=disable):
         denoised = model(x, x.new_full((len(x),), s[i]), **extra)

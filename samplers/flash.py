@@ -25,7 +25,8 @@ def sample_flash(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
         denoised = model(x, x.new_full((len(x),), s[i]), **extra)
         report(callback, i, x, s[i], denoised)
         if s[i + 1] == 0:
-            return denoised
+            x = denoised
+            continue
         middle = s[i] + NODE * (s[i + 1] - s[i])
         known = [(s[i], velocity(x, denoised, s[i]))]
         if last_node is not None:

@@ -28,7 +28,7 @@ def step_weights(before: float, now: float, after: float) -> tuple[float, float]
 def sample_res_multistep(
     model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None
 ):
-    """Exponential multistep (Zhang et al. 2023, arXiv:2308.02157): denoised is linear in -ln(sigma).
+    """Exponential multistep (Zhang et al. 2023, arXiv:2308.02157), linear in -ln(sigma).
 
     The first step is Euler's; the last one, to sigma 0, returns the denoised picture.
     """
@@ -37,10 +37,10 @@ def sample_res_multistep(
     for i in trange(len(s) - 1, disable=disable):
         denoised = model(x, x.new_full((len(x),), s[i]), **extra)
         report(callback, i, x, s[i], denoised)
-        if s[i + 1] == 0:
-            return denoised
         ratio = s[i + 1] / s[i]
-        if previous is None:
+        if s[i + 1] == 0:
+            x = denoised
+        elif previous is None:
             x = ratio * x + (1 - ratio) * denoised
         else:
             now, before = step_weights(s[i - 1], s[i], s[i + 1])

@@ -5,6 +5,7 @@ Rectified flow: x = (1 - sigma) * image + sigma * noise, dx/dsigma = v = (x - de
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +18,7 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     values = [float(s) for s in sigmas.tolist()]
     if not all(math.isfinite(s) and 0 <= s <= 1 + 1e-6 for s in values):
         raise SamplingError("sigmas must be finite numbers from 0 to 1; choose another scheduler")
-    for i, (high, low) in enumerate(zip(values, values[1:], strict=False)):
+    for i, (high, low) in enumerate(pairwise(values)):
         if low >= high:
             raise SamplingError(
                 f"sigmas must fall at every step; {low:g} follows {high:g} at step {i + 1}"

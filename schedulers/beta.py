@@ -14,7 +14,7 @@ from .shift import apply_shift, check_shift
 def _quantiles(positions: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not (math.isfinite(value) and 0 < value <= 50):
-            raise SamplingError(f"{name} {value} is not usable; expected a number above 0, up to 50")
+            raise SamplingError(f"{name} {value} is not usable; expected above 0, up to 50")
     return np.asarray(betaincinv(alpha, beta, positions))
 
 

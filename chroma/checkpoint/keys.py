@@ -38,6 +38,4 @@ def strip_prefix(name: str) -> str:
 
 def belonging(names: Iterable[str], parts: tuple[str, ...]) -> dict[str, str]:
     """{name in the file: canonical name} of the tensors whose canonical names begin so."""
-    return {
-        name: short for name in names if (short := strip_prefix(name)).startswith(parts)
-    }
+    return {name: short for name in names if (short := strip_prefix(name)).startswith(parts)}

@@ -64,7 +64,9 @@ def read_header(path: Path) -> Header:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise _damaged(path, "its header is not the JSON of a safetensors file") from None
     if max(ends, default=0) + 8 + length > size:
-        raise _damaged(path, f"its tensors need {max(ends) + 8 + length} bytes, the file has {size}")
+        raise _damaged(
+            path, f"its tensors need {max(ends) + 8 + length} bytes, the file has {size}"
+        )
     return Header(path, tensors, metadata if isinstance(metadata, dict) else {})
 
 

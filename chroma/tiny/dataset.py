@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .files import SIZE
 
-
 STYLES = ("flat", "3d")
 COLOURS = {
     "red": (214, 40, 40),

@@ -1,0 +1,168 @@
+"""This pack's nodes without ComfyUI: the same ids, inputs, defaults and results."""
+
+import torch
+
+from ...samplers import SAMPLERS
+from ...schedulers import get_sigmas
+from ...schedulers.shift import flux_mu
+from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
+from ..devices import best_dtype
+from ..errors import WorkflowError
+from ..presets import PRESETS
+from ..text.encoder import PadRule, TextEncoder
+from ..text.tokenizer import Tokenizer
+from ..tiny import files as small
+from .schema import Input, NodeType
+from .values import Context, Model
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE = Input("weight_dtype", "COMBO", "auto", choices=("auto", *DTYPES))
+MODEL = Input("model", "MODEL")
+STEPS = Input("steps", "INT", 26, 1, 10_000)
+DENOISE = Input("denoise", "FLOAT", 1.0, 0.0, 1.0)
+COMPAT = Input("compat", "BOOLEAN", False)
+
+
+def _dtype(context: Context, choice: str) -> torch.dtype:
+    return best_dtype(context.device) if choice == "auto" else DTYPES[choice]
+
+
+def load_model(context: Context, model_name: str, weight_dtype: str):
+    path = context.model_file("diffusion_models", model_name, small.TRANSFORMER)
+    dtype = _dtype(context, weight_dtype)
+    return (Model(load_transformer(path, dtype=dtype, device=context.device)),)
+
+
+def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
+    path = context.model_file("text_encoders", text_encoder_name, small.TEXT_ENCODER)
+    tokenizer = path.with_name("tokenizer.json")
+    tokenizer = context.files.get("tokenizer.json", tokenizer)
+    if path == small.TEXT_ENCODER:
+        tokenizer = small.TOKENIZER
+    if not tokenizer.is_file():
+        raise WorkflowError(
+            f"{path.name} needs its tokenizer; put T5's tokenizer.json into {path.parent}"
+        )
+    dtype = _dtype(context, weight_dtype)
+    model = load_text_encoder(path, dtype=dtype, device=context.device)
+    return (TextEncoder(Tokenizer.from_file(tokenizer), model),)
+
+
+def load_vae(context: Context, vae_name: str):
+    path = context.model_file("vae", vae_name, small.VAE)
+    return (load_autoencoder(path, dtype=torch.float32, device=context.device),)
+
+
+def encode_text(_: Context, clip: TextEncoder, text: str, pad_rule: str, prompt_per_line: bool):
+    lines = [line for line in text.splitlines() if line.strip()] or [""]
+    return (clip.encode(lines if prompt_per_line else [text], PadRule(pad_rule)),)
+
+
+def schedule(model: Model, name: str, steps: int, denoise: float, compat: bool, **options: float):
+    form = {"compat_table": model.table} if compat else {"shift": model.shift}
+    return (get_sigmas(name, steps, denoise=denoise, **form, **options),)  # pyright: ignore
+
+
+def beta_scheduler(_: Context, model: Model, steps, alpha, beta, denoise, compat):
+    return schedule(model, "beta", steps, denoise, compat, alpha=alpha, beta=beta)
+
+
+def sigmoid_scheduler(_: Context, model: Model, steps, square_k, base_c, denoise, compat):
+    return schedule(
+        model, "sigmoid_offset", steps, denoise, compat, square_k=square_k, base_c=base_c
+    )
+
+
+def model_shift(_: Context, model: Model, mode, shift, base_shift, max_shift, width, height):
+    if mode == "constant":
+        return (model.with_constant_shift(shift),)
+    return (model.with_flux_shift(flux_mu(width, height, base_shift, max_shift)),)
+
+
+def preset(_: Context, model: Model, preset: str):
+    p = PRESETS[preset]
+    model = model.with_constant_shift(p.shift)
+    options = {"alpha": p.alpha, "beta": p.beta} if p.scheduler == "beta" else {}
+    (sigmas,) = schedule(model, p.scheduler, p.steps, 1.0, False, **options)
+    return model, SAMPLERS[p.sampler], sigmas, p.cfg
+
+
+def _side(name: str) -> Input:
+    return Input(name, "INT", 1024, 16, 16384)
+
+
+NODES = (
+    NodeType(
+        "ChromaLoadModel",
+        (Input("model_name", "COMBO", small.LABEL, folder="diffusion_models"), DTYPE),
+        (("MODEL", "MODEL"),),
+        load_model,
+    ),
+    NodeType(
+        "ChromaApplyTransformer", (MODEL,), (("MODEL", "MODEL"),), lambda _, model: (model,)
+    ),
+    NodeType(
+        "ChromaLoadTextEncoder",
+        (Input("text_encoder_name", "COMBO", small.LABEL, folder="text_encoders"), DTYPE),
+        (("CLIP", "CLIP"),),
+        load_clip,
+    ),
+    NodeType(
+        "ChromaLoadVAE",
+        (Input("vae_name", "COMBO", small.LABEL, folder="vae"),),
+        (("VAE", "VAE"),),
+        load_vae,
+    ),
+    NodeType(
+        "ChromaTextEncode",
+        (
+            Input("clip", "CLIP"),
+            Input("text", "STRING"),
+            Input("pad_rule", "COMBO", "reference", choices=tuple(r.value for r in PadRule)),
+            Input("prompt_per_line", "BOOLEAN", False),
+        ),
+        (("CONDITIONING", "CONDITIONING"),),
+        encode_text,
+    ),
+    NodeType(
+        "ChromaBetaScheduler",
+        (
+            MODEL, STEPS, Input("alpha", "FLOAT", 0.6, 0.01, 50.0),
+            Input("beta", "FLOAT", 0.6, 0.01, 50.0), DENOISE, COMPAT,
+        ),
+        (("SIGMAS", "SIGMAS"),),
+        beta_scheduler,
+    ),
+    NodeType(
+        "ChromaSigmoidOffsetScheduler",
+        (
+            MODEL, STEPS, Input("square_k", "FLOAT", 1.0, 0.01, 10.0),
+            Input("base_c", "FLOAT", 0.5, 0.0, 1.0), DENOISE, COMPAT,
+        ),
+        (("SIGMAS", "SIGMAS"),),
+        sigmoid_scheduler,
+    ),
+    NodeType(
+        "ChromaModelShift",
+        (
+            MODEL, Input("mode", "COMBO", "constant", choices=("constant", "resolution")),
+            Input("shift", "FLOAT", 1.0, 0.01, 100.0),
+            Input("base_shift", "FLOAT", 0.5, 0.0, 4.0),
+            Input("max_shift", "FLOAT", 1.15, 0.0, 4.0), _side("width"), _side("height"),
+        ),
+        (("MODEL", "MODEL"),),
+        model_shift,
+    ),
+    NodeType(
+        "ChromaSampler",
+        (Input("sampler_name", "COMBO", "res_multistep", choices=tuple(SAMPLERS)),),
+        (("SAMPLER", "SAMPLER"),),
+        lambda _, sampler_name: (SAMPLERS[sampler_name],),
+    ),
+    NodeType(
+        "ChromaPreset",
+        (MODEL, Input("preset", "COMBO", next(iter(PRESETS)), choices=tuple(PRESETS))),
+        (("MODEL", "MODEL"), ("SAMPLER", "SAMPLER"), ("SIGMAS", "SIGMAS"), ("cfg", "FLOAT")),
+        preset,
+    ),
+)  # fmt: skip

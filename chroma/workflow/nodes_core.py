@@ -1,0 +1,315 @@
+"""The nodes of ComfyUI's core that our workflows use, with the results ComfyUI gives."""
+
+import math
+import re
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...samplers import SAMPLERS
+from ...schedulers import SCHEDULERS, get_sigmas
+from ...schedulers.shift import flux_mu
+from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
+from ..config import LATENT_CHANNELS
+from ..errors import SamplingError
+from ..guidance import Denoiser
+from ..image import load_image, save_png
+from ..noise import MAX_SEED, make_noise
+from ..sampling import sample_latent
+from ..text.encoder import TextEmbedding, TextEncoder
+from ..tiled import decode_tiled
+from .graph import check_name
+from .schema import Input, NodeType
+from .values import Context, Guider, Latent, Model, Noise
+
+CHROMA_PREFIX = "chroma_"
+SAMPLER_NAMES = ("euler", "heun", "res_multistep", *(CHROMA_PREFIX + name for name in SAMPLERS))
+SCHEDULER_NAMES = (*SCHEDULERS, "chroma_beta")
+
+
+def _sampler(name: str):
+    return SAMPLERS[name.removeprefix(CHROMA_PREFIX)]
+
+
+def _sigmas(model: Model, scheduler: str, steps: int, denoise: float) -> Tensor:
+    if scheduler == "chroma_beta":
+        return get_sigmas("beta", steps, shift=model.shift, denoise=denoise)
+    return get_sigmas(scheduler, steps, denoise=denoise, compat_table=model.table)
+
+
+def empty_latent(_: Context, width: int, height: int, batch_size: int):
+    size = height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+    return ({"samples": torch.zeros(batch_size, LATENT_CHANNELS, *size)},)
+
+
+def _to_model_space(raw: Tensor) -> Tensor:
+    # ComfyUI leaves an empty latent alone: zero stands for "nothing yet", not for a grey picture.
+    return (raw - LATENT_SHIFT) * LATENT_SCALE if bool(raw.any()) else raw
+
+
+def _from_model_space(latent: Tensor) -> Tensor:
+    return latent.cpu() / LATENT_SCALE + LATENT_SHIFT
+
+
+def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tensor, latent: Latent):
+    """Run one sampler; (LATENT of the last sigma, LATENT of the last denoised picture)."""
+    device = context.device
+    start = _to_model_space(latent["samples"]).to(device)
+    shape = start.shape
+    drawn = torch.zeros(shape) if noise.seed is None else make_noise(shape, noise.seed)
+    denoiser = Denoiser(guider.model.transformer, guider.positive, guider.negative, guider.cfg)
+    last: dict[str, Tensor] = {}
+    total = max(0, len(sigmas) - 1)
+
+    def on_step(state) -> None:
+        last["denoised"] = state["denoised"]
+        if context.on_step is not None:
+            context.on_step(state["i"] + 1, total)
+
+    began = time.perf_counter()
+    mask = latent.get("noise_mask")
+    result = sample_latent(
+        denoiser, sampler, sigmas.to(device), drawn.to(device), start,
+        mask=None if mask is None else mask.to(device),
+        callback=on_step, disable_progress=not context.progress,
+    )  # fmt: skip
+    context.seconds += time.perf_counter() - began
+    context.steps += total
+    outputs = [result, last.get("denoised", result)]
+    return tuple({**latent, "samples": _from_model_space(out)} for out in outputs)
+
+
+def sample_advanced(context: Context, noise, guider, sampler, sigmas, latent_image):
+    return sample(context, noise, guider, sampler, sigmas, latent_image)
+
+
+def _guider(model: Model, positive: TextEmbedding, negative: TextEmbedding, cfg: float) -> Guider:
+    return Guider(model, positive, None if math.isclose(cfg, 1.0) else negative, cfg)
+
+
+def ksampler(
+    context: Context, model, seed, steps, cfg, sampler_name, scheduler, positive, negative,
+    latent_image, denoise,
+):  # fmt: skip
+    sigmas = _sigmas(model, scheduler, steps, denoise)
+    guider = _guider(model, positive, negative, cfg)
+    result = sample(context, Noise(seed), guider, _sampler(sampler_name), sigmas, latent_image)
+    return result[:1]
+
+
+@torch.no_grad()
+def vae_decode(context: Context, samples: Latent, vae: Autoencoder):
+    raw = samples["samples"].to(context.device)
+    return (_to_picture(vae.decoder(raw)),)
+
+
+def vae_decode_tiled(
+    context: Context, samples: Latent, vae: Autoencoder, tile_size, overlap, **_: int
+):
+    latent = (samples["samples"].to(context.device) - LATENT_SHIFT) * LATENT_SCALE
+    tile = tile_size // SPATIAL_FACTOR
+    blend = min(overlap // SPATIAL_FACTOR, tile // 2)
+    return (_to_picture(decode_tiled(vae, latent, tile, blend)),)
+
+
+def _to_picture(pixels: Tensor) -> Tensor:
+    return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()
+
+
+@torch.no_grad()
+def vae_encode(context: Context, pixels: Tensor, vae: Autoencoder):
+    for axis in (1, 2):
+        size = pixels.shape[axis] // SPATIAL_FACTOR * SPATIAL_FACTOR
+        pixels = pixels.narrow(axis, (pixels.shape[axis] - size) // 2, size)
+    mean, _ = vae.moments(pixels[..., :3].movedim(-1, 1).to(context.device) * 2 - 1)
+    return ({"samples": mean.float().cpu()},)
+
+
+def set_mask(_: Context, samples: Latent, mask: Tensor):
+    return ({**samples, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])},)
+
+
+def load_picture(context: Context, image: str):
+    return load_image(context.inputs / image)
+
+
+def load_mask(context: Context, image: str, channel: str):
+    picture, mask = load_image(context.inputs / image)
+    return (mask if channel == "alpha" else picture[..., ("red", "green", "blue").index(channel)],)
+
+
+def save_image(context: Context, images: Tensor, filename_prefix: str):
+    """Write every picture of the batch as PREFIX_00001_.png, counting on from what is there."""
+    _, height, width, _ = images.shape
+    now = time.localtime()
+    for token, text in {
+        "%width%": str(width), "%height%": str(height), "%year%": str(now.tm_year),
+        "%month%": f"{now.tm_mon:02}", "%day%": f"{now.tm_mday:02}",
+        "%hour%": f"{now.tm_hour:02}", "%minute%": f"{now.tm_min:02}",
+        "%second%": f"{now.tm_sec:02}",
+    }.items():  # fmt: skip
+        filename_prefix = filename_prefix.replace(token, text)
+    check_name("SaveImage, filename_prefix", filename_prefix)
+    stem = context.outputs / filename_prefix
+    for image in images:
+        path = context.out_file or _next_file(stem)
+        save_png(path, image, prompt=context.prompt, workflow=context.workflow)
+        context.saved.append(path)
+    return ()
+
+
+def _next_file(stem: Path) -> Path:
+    pattern = re.compile(re.escape(stem.name) + r"_(\d+)_\.png")
+    there = stem.parent.iterdir() if stem.parent.is_dir() else ()
+    used = [int(match[1]) for file in there if (match := pattern.fullmatch(file.name))]
+    return stem.with_name(f"{stem.name}_{max(used, default=0) + 1:05}_.png")
+
+
+def clip_text_encode(_: Context, text: str, clip: TextEncoder):
+    return (clip.encode([text]),)
+
+
+def flux_sampling(_: Context, model: Model, max_shift, base_shift, width, height):
+    return (model.with_flux_shift(flux_mu(width, height, base_shift, max_shift)),)
+
+
+def basic_scheduler(_: Context, model: Model, scheduler, steps, denoise):
+    return (_sigmas(model, scheduler, steps, denoise),)
+
+
+def beta_sampling(_: Context, model: Model, steps, alpha, beta):
+    return (get_sigmas("beta", steps, compat_table=model.table, alpha=alpha, beta=beta),)
+
+
+def split_sigmas(_: Context, sigmas: Tensor, step: int):
+    if step >= len(sigmas):
+        raise SamplingError(f"cannot split {len(sigmas) - 1} steps at step {step}; use fewer")
+    return sigmas[: step + 1], sigmas[step:]
+
+
+MODEL, LATENT_IN = Input("model", "MODEL"), Input("latent_image", "LATENT")
+CFG = Input("cfg", "FLOAT", 8.0, 0.0, 100.0)
+POSITIVE, NEGATIVE = Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING")
+STEPS, DENOISE = Input("steps", "INT", 20, 1, 10_000), Input("denoise", "FLOAT", 1.0, 0.0, 1.0)
+SIZE = (
+    Input("width", "INT", 1024, 16, 16384),
+    Input("height", "INT", 1024, 16, 16384),
+    Input("batch_size", "INT", 1, 1, 4096),
+)
+PICTURE = Input("image", "COMBO", folder="input", is_upload=True)
+
+
+def _seed(name: str) -> Input:
+    return Input(name, "INT", 0, 0, MAX_SEED, is_seed=True)
+
+
+def _one(kind: str) -> tuple[tuple[str, str], ...]:
+    return ((kind, kind),)
+
+
+NODES = (
+    NodeType("EmptySD3LatentImage", SIZE, _one("LATENT"), empty_latent),
+    NodeType("EmptyLatentImage", SIZE, _one("LATENT"), empty_latent),
+    NodeType(
+        "RandomNoise", (_seed("noise_seed"),), _one("NOISE"),
+        lambda _, noise_seed: (Noise(noise_seed),),
+    ),
+    NodeType("DisableNoise", (), _one("NOISE"), lambda _: (Noise(None),)),
+    NodeType(
+        "KSamplerSelect", (Input("sampler_name", "COMBO", choices=SAMPLER_NAMES),),
+        _one("SAMPLER"), lambda _, sampler_name: (_sampler(sampler_name),),
+    ),
+    NodeType(
+        "BasicScheduler",
+        (MODEL, Input("scheduler", "COMBO", choices=SCHEDULER_NAMES), STEPS, DENOISE),
+        _one("SIGMAS"), basic_scheduler,
+    ),
+    NodeType(
+        "BetaSamplingScheduler",
+        (
+            MODEL, STEPS, Input("alpha", "FLOAT", 0.6, 0.0, 50.0),
+            Input("beta", "FLOAT", 0.6, 0.0, 50.0),
+        ),
+        _one("SIGMAS"), beta_sampling,
+    ),
+    NodeType(
+        "SplitSigmas", (Input("sigmas", "SIGMAS"), Input("step", "INT", 0, 0, 10_000)),
+        (("high_sigmas", "SIGMAS"), ("low_sigmas", "SIGMAS")), split_sigmas,
+    ),
+    NodeType(
+        "BasicGuider", (MODEL, Input("conditioning", "CONDITIONING")), _one("GUIDER"),
+        lambda _, model, conditioning: (Guider(model, conditioning, None, 1.0),),
+    ),
+    NodeType(
+        "CFGGuider", (MODEL, POSITIVE, NEGATIVE, CFG), _one("GUIDER"),
+        lambda _, **inputs: (_guider(**inputs),),
+    ),
+    NodeType(
+        "SamplerCustomAdvanced",
+        (
+            Input("noise", "NOISE"), Input("guider", "GUIDER"), Input("sampler", "SAMPLER"),
+            Input("sigmas", "SIGMAS"), LATENT_IN,
+        ),
+        (("output", "LATENT"), ("denoised_output", "LATENT")), sample_advanced,
+    ),
+    NodeType(
+        "KSampler",
+        (
+            MODEL, _seed("seed"), STEPS, CFG,
+            Input("sampler_name", "COMBO", choices=SAMPLER_NAMES),
+            Input("scheduler", "COMBO", choices=SCHEDULER_NAMES), POSITIVE, NEGATIVE, LATENT_IN,
+            DENOISE,
+        ),
+        _one("LATENT"), ksampler,
+    ),
+    NodeType(
+        "ModelSamplingAuraFlow", (MODEL, Input("shift", "FLOAT", 1.73, 0.01, 100.0)),
+        _one("MODEL"), lambda _, model, shift: (model.with_constant_shift(shift),),
+    ),
+    NodeType(
+        "ModelSamplingFlux",
+        (
+            MODEL, Input("max_shift", "FLOAT", 1.15, 0.0, 100.0),
+            Input("base_shift", "FLOAT", 0.5, 0.0, 100.0), *SIZE[:2],
+        ),
+        _one("MODEL"), flux_sampling,
+    ),
+    NodeType(
+        "CLIPTextEncode", (Input("text", "STRING"), Input("clip", "CLIP")),
+        _one("CONDITIONING"), clip_text_encode,
+    ),
+    NodeType(
+        "VAEDecode", (Input("samples", "LATENT"), Input("vae", "VAE")), _one("IMAGE"), vae_decode
+    ),
+    NodeType(
+        "VAEDecodeTiled",
+        (
+            Input("samples", "LATENT"), Input("vae", "VAE"),
+            Input("tile_size", "INT", 512, 64, 4096), Input("overlap", "INT", 64, 0, 4096),
+            Input("temporal_size", "INT", 64, 8, 4096),
+            Input("temporal_overlap", "INT", 8, 4, 4096),
+        ),
+        _one("IMAGE"), vae_decode_tiled,
+    ),
+    NodeType(
+        "VAEEncode", (Input("pixels", "IMAGE"), Input("vae", "VAE")), _one("LATENT"), vae_encode
+    ),
+    NodeType(
+        "SetLatentNoiseMask", (Input("samples", "LATENT"), Input("mask", "MASK")),
+        _one("LATENT"), set_mask,
+    ),
+    NodeType(
+        "LoadImage", (PICTURE,), (("IMAGE", "IMAGE"), ("MASK", "MASK")), load_picture
+    ),
+    NodeType(
+        "LoadImageMask",
+        (PICTURE, Input("channel", "COMBO", "alpha", choices=("alpha", "red", "green", "blue"))),
+        _one("MASK"), load_mask,
+    ),
+    NodeType(
+        "SaveImage", (Input("images", "IMAGE"), Input("filename_prefix", "STRING", "ComfyUI")),
+        (), save_image, is_output=True,
+    ),
+)  # fmt: skip

@@ -1,0 +1,118 @@
+"""Execute an API-format workflow."""
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..devices import best_device
+from ..errors import ChromaError, WorkflowError
+from . import nodes_chroma, nodes_core
+from .graph import Link, Prompt, check, check_format
+from .schema import Registry
+from .values import Context
+
+REGISTRY: Registry = {node.id: node for node in (*nodes_chroma.NODES, *nodes_core.NODES)}
+
+
+def apply_overrides(prompt: Prompt, overrides: Sequence[str]) -> Prompt:
+    """A copy with inputs set by "node.input=value".
+
+    `node` is a node's id, its title, or its class where only one node has it. The value is read as
+    JSON, or as text where it is none. Raises WorkflowError for a node or input there is not.
+    """
+    check_format(prompt)
+    prompt = json.loads(json.dumps(prompt))
+    for override in overrides:
+        target, equals, text = override.partition("=")
+        node_name, dot, input_name = target.rpartition(".")
+        if not equals or not dot:
+            raise WorkflowError(f"--set {override}: expected node.input=value")
+        node_id = _find(prompt, node_name, override)
+        node_type = REGISTRY.get(prompt[node_id]["class_type"])
+        known = [spec.name for spec in node_type.inputs] if node_type else [input_name]
+        if input_name not in known:
+            raise WorkflowError(
+                f"--set {override}: node {node_id} ({prompt[node_id]['class_type']}) has no input "
+                f"{input_name}; expected one of {', '.join(known)}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        prompt[node_id].setdefault("inputs", {})[input_name] = value
+    return prompt
+
+
+def _find(prompt: Prompt, name: str, override: str) -> str:
+    if name in prompt:
+        return name
+    for key in ("title", "class"):
+        found = [node_id for node_id, node in prompt.items() if _label(node, key) == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise WorkflowError(
+                f"--set {override}: {len(found)} nodes are called {name}; "
+                f"expected one of the ids {', '.join(found)}"
+            )
+    labels = [_label(node, key) for node in prompt.values() for key in ("title", "class")]
+    near = difflib.get_close_matches(name, [*prompt, *filter(None, labels)], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise WorkflowError(f"--set {override}: there is no node {name}{hint}")
+
+
+def _label(node: dict[str, Any], key: str) -> str:
+    return node["class_type"] if key == "class" else node.get("_meta", {}).get("title", "")
+
+
+@torch.no_grad()
+def execute(context: Context) -> None:
+    """Run every node the outputs need, once, freeing results that nothing needs any more.
+
+    Raises WorkflowError naming the node where one fails for a reason of the user's.
+    """
+    order = check(context.prompt, REGISTRY)
+    users = Counter(link.node for node in order for link in node.links)
+    results: dict[str, tuple[Any, ...]] = {}
+    for node in order:
+        inputs = {
+            name: results[value.node][value.slot] if isinstance(value, Link) else value
+            for name, value in node.inputs.items()
+        }
+        try:
+            results[node.id] = node.type.run(context, **inputs)
+        except ChromaError as error:
+            raise WorkflowError(f"node {node.id} ({node.type.id}): {error}") from error
+        del inputs
+        for link in node.links:
+            users[link.node] -= 1
+            if users[link.node] == 0:
+                del results[link.node]
+
+
+def run_workflow(
+    prompt: Prompt,
+    *,
+    models_dir: Path = Path("models"),
+    input_dir: Path = Path("input"),
+    output_dir: Path = Path("output"),
+    workflow: dict[str, Any] | None = None,
+    device: torch.device | None = None,
+    progress: bool = False,
+) -> list[Path]:
+    """Execute a workflow; the pictures it saved.
+
+    Folders are laid out as ComfyUI's. `workflow` is the same graph in the interface's format, to
+    be kept in the pictures.
+    """
+    context = Context(
+        device or best_device(), models_dir, input_dir, output_dir, prompt, workflow,
+        progress=progress,
+    )  # fmt: skip
+    execute(context)
+    return context.saved

@@ -1,0 +1,88 @@
+"""What travels along the links of a workflow, and what the whole run shares."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...schedulers.shift import discrete_table, flux_table
+from ..errors import WorkflowError
+from ..text.encoder import TextEmbedding
+from ..tiny import files as small
+from ..transformer import ChromaTransformer
+
+# ComfyUI samples Chroma at Flux' mu of 1024 x 1024 pixels unless a node says otherwise.
+DEFAULT_MU = 1.15
+
+
+@dataclass(frozen=True)
+class Model:
+    """MODEL: the transformer, its shift, and ComfyUI's table of the sigmas at that shift."""
+
+    transformer: ChromaTransformer
+    shift: float = math.exp(DEFAULT_MU)
+    table: Tensor = field(default_factory=lambda: flux_table(DEFAULT_MU))
+
+    def with_constant_shift(self, shift: float) -> "Model":
+        return replace(self, shift=shift, table=discrete_table(shift))
+
+    def with_flux_shift(self, mu: float) -> "Model":
+        return replace(self, shift=math.exp(mu), table=flux_table(mu))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """NOISE: the seed, or None for no noise at all."""
+
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Guider:
+    """GUIDER: a model with its prompts and guidance scale."""
+
+    model: Model
+    positive: TextEmbedding
+    negative: TextEmbedding | None
+    cfg: float
+
+
+# LATENT: {"samples": the autoencoder's raw latent (B, 16, h, w), "noise_mask": mask or absent}
+Latent = dict[str, Tensor]
+
+
+@dataclass
+class Context:
+    """Folders, device and results of one run."""
+
+    device: torch.device
+    models: Path
+    inputs: Path
+    outputs: Path
+    prompt: dict[str, Any]
+    workflow: dict[str, Any] | None = None
+    # Files outside the models folder, by the name that the workflow uses for them.
+    files: dict[str, Path] = field(default_factory=dict)
+    # Where SaveImage puts the picture instead of a numbered file in `outputs`.
+    out_file: Path | None = None
+    progress: bool = True
+    on_step: Callable[[int, int], None] | None = None
+    saved: list[Path] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+
+    def model_file(self, folder: str, name: str, small_file: Path) -> Path:
+        """The file behind a menu entry. Raises WorkflowError where there is none."""
+        if name == small.LABEL:
+            return small_file
+        path = self.files.get(name, self.models / folder / name)
+        if not path.is_file():
+            raise WorkflowError(
+                f"the file {name} is not in {self.models / folder}; put it there, name another "
+                f"folder with --models, or use '{small.LABEL}'"
+            )
+        return path

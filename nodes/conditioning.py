@@ -1,0 +1,60 @@
+"""The node that turns prompts into conditioning."""
+
+from comfy_api.latest import io
+
+from ..chroma.text.encoder import PadRule
+from .host_text import PAD_RULE, adopt_clip
+
+CATEGORY = "Chroma"
+
+
+class ChromaTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ChromaTextEncode",
+            display_name="Chroma Text Encode",
+            category=CATEGORY,
+            description="Encode a prompt the way Chroma was trained: T5 does not see the padding, "
+            "the transformer sees one token of it.",
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="From Load Chroma Text Encoder, or CLIPLoader with type chroma.",
+                ),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="The prompt, at most 512 tokens; what is cut off is logged. "
+                    "(word:1.2) weighs a word more, (word:0.8) less.",
+                ),
+                io.Combo.Input(
+                    "pad_rule",
+                    options=[rule.value for rule in PadRule],
+                    default=PadRule.REFERENCE.value,
+                    tooltip="How the padding behind the prompt takes part. reference: as in "
+                    "training. hf: diffusers. comfy_pad1, comfy_nopad: ComfyUI's encoder with and "
+                    "without one pad token. unmasked512: 512 tokens, all seen.",
+                ),
+                io.Boolean.Input(
+                    "prompt_per_line",
+                    default=False,
+                    tooltip="Off: one prompt. On: every line that is not empty is a prompt of its "
+                    "own, the first for the first picture of the batch and so on.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="CONDITIONING",
+                    tooltip="For the positive or negative input of a sampler or guider.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, text: str, pad_rule: str, prompt_per_line: bool) -> io.NodeOutput:
+        clip = adopt_clip(clip)
+        lines = [line for line in text.splitlines() if line.strip()] or [""]
+        tokens = clip.tokenize(lines if prompt_per_line else text, **{PAD_RULE: pad_rule})
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))

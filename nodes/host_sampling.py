@@ -1,0 +1,78 @@
+"""Our samplers, schedules and shifts in the form ComfyUI takes them."""
+
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..samplers import SAMPLERS
+from ..schedulers import get_sigmas
+
+PREFIX = "chroma_"
+
+
+def model_shift(model_sampling: object) -> float:
+    """The shift a of a flow MODEL's sampling, which takes time 1/2 to sigma a / (a + 1).
+
+    One formula for ComfyUI's two ways to state it: a itself (AuraFlow, SD3) and ln a (Flux).
+    """
+    middle = model_sampling.percent_to_sigma(0.5)
+    return middle / (1 - middle)
+
+
+def schedule(
+    model: ModelPatcher, name: str, steps: int, denoise: float, compat: bool, **options: float
+) -> Tensor:
+    """The named schedule at the MODEL's shift, (steps + 1,), or fewer where `compat` rounds."""
+    sampling = model.get_model_object("model_sampling")
+    form = {"compat_table": sampling.sigmas.cpu()} if compat else {"shift": model_shift(sampling)}
+    return get_sigmas(name, steps, denoise=denoise, **form, **options)
+
+
+def set_constant_shift(model: ModelPatcher, shift: float) -> ModelPatcher:
+    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingAuraFlow."""
+    flow = comfy.model_sampling.ModelSamplingDiscreteFlow
+    # Multiplier 1: the transformer takes sigma itself and multiplies by 1000 on its own.
+    return _set_sampling(model, flow, shift=shift, multiplier=1.0)
+
+
+def set_flux_shift(model: ModelPatcher, mu: float) -> ModelPatcher:
+    """A clone that samples at the shift e^mu, with the numbers of ComfyUI's ModelSamplingFlux."""
+    return _set_sampling(model, comfy.model_sampling.ModelSamplingFlux, shift=mu)
+
+
+def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> ModelPatcher:
+    kind = type("ChromaSampling", (base, comfy.model_sampling.CONST), {})
+    sampling = kind(model.model.model_config)
+    sampling.set_parameters(**parameters)
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+def chroma_beta(model_sampling: object, steps: int) -> Tensor:
+    """KSampler's scheduler `chroma_beta`: the exact beta schedule at the MODEL's shift."""
+    return get_sigmas("beta", steps, shift=model_shift(model_sampling))
+
+
+def sigmoid_offset(model_sampling: object, steps: int) -> Tensor:
+    """KSampler's scheduler `sigmoid_offset`, with the numbers known under that name."""
+    return get_sigmas("sigmoid_offset", steps, compat_table=model_sampling.sigmas.cpu())
+
+
+def register() -> None:
+    """Put our samplers and schedulers into KSampler's lists, where another pack has not."""
+    for name, function in SAMPLERS.items():
+        name = PREFIX + name
+        setattr(comfy.k_diffusion.sampling, f"sample_{name}", function)
+        # Two lists in ComfyUI: the second is a copy of the first with more behind it.
+        for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
+            if name not in names:
+                names.append(name)
+    for handler in (chroma_beta, sigmoid_offset):
+        name = handler.__name__
+        if name not in comfy.samplers.SCHEDULER_HANDLERS:
+            comfy.samplers.SCHEDULER_HANDLERS[name] = comfy.samplers.SchedulerHandler(handler)
+        if name not in comfy.samplers.SCHEDULER_NAMES:
+            comfy.samplers.SCHEDULER_NAMES.append(name)

@@ -1,0 +1,138 @@
+"""The pack on a real ComfyUI server, over its HTTP queue. Set COMFYUI_PATH to a checkout."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chroma_nodes.chroma.workflow import run_workflow
+from comfy_queue import Server
+from PIL import Image
+from workflow_files import API, INPUTS, load, on_small_model
+
+CHECKOUT = os.environ.get("COMFYUI_PATH")
+pytestmark = pytest.mark.skipif(
+    not CHECKOUT, reason="COMFYUI_PATH is not set: no real ComfyUI to test against"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(Path(CHECKOUT or ""), tmp_path_factory.mktemp("comfy") / "base") as running:
+        yield running
+
+
+def small_graph():
+    return on_small_model(load(next(p for p in API if p.stem == "chroma-small")))
+
+
+def sampler_node(prompt):
+    return next(k for k, n in prompt.items() if n["class_type"] == "SamplerCustomAdvanced")
+
+
+def test_the_pack_imports_without_a_warning(server):
+    lines = [line for line in server.log().splitlines() if "chroma" in line.lower()]
+    assert any("seconds" in line and "ComfyUI-Chroma" in line for line in lines)
+    bad = ("IMPORT FAILED", "Error", "WARNING", "Traceback", "Cannot import")
+    assert not [line for line in lines if any(mark in line for mark in bad)]
+
+
+@pytest.mark.parametrize("path", API, ids=lambda p: p.stem)
+def test_every_workflow_fits_the_object_info(server, path):
+    info = server.get("/object_info")
+    for node_id, node in load(path).items():
+        schema = info[node["class_type"]]["input"]
+        known = {**schema.get("required", {}), **schema.get("optional", {})}
+        assert set(node["inputs"]) <= set(known), node_id
+        assert set(schema.get("required", {})) <= set(node["inputs"]), node_id
+
+
+@pytest.mark.parametrize("path", API, ids=lambda p: p.stem)
+def test_every_workflow_runs_and_equals_the_standalone_picture(server, path, tmp_path):
+    prompt = on_small_model(load(path))
+    run = server.run(prompt)
+    assert run.ending == "execution_success", run.data
+    sampler = sampler_node(prompt)
+    steps = [(value, top) for node, value, top in run.progress if node == sampler]
+    assert steps and steps[-1][0] == steps[-1][1]
+    assert [value for value, _ in steps] == sorted(value for value, _ in steps)
+    assert run.previews and Image.open(io.BytesIO(run.previews[0])).size[0] > 0
+    (theirs,) = server.pictures(run)
+    (ours,) = run_workflow(prompt, input_dir=INPUTS, output_dir=tmp_path)
+    with Image.open(theirs) as a, Image.open(ours) as b:
+        difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+        assert np.asarray(a).std() > 10
+        assert json.loads(a.text["prompt"]) == json.loads(b.text["prompt"])
+    assert difference.max() <= 1
+
+
+def test_an_interrupt_stops_within_one_step(server):
+    prompt = small_graph()
+    for node in prompt.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 400
+        if "noise_seed" in node["inputs"]:
+            node["inputs"]["noise_seed"] = 987
+    run = server.run(prompt, interrupt_at=5)
+    assert run.ending == "execution_interrupted"
+    assert max(value for _, value, _ in run.progress) <= 7
+    again = server.run(small_graph())
+    assert again.ending == "execution_success"
+
+
+def test_core_nodes_take_everything_of_ours(server):
+    """KSampler with our names in its lists, and CLIPTextEncode on our CLIP."""
+    prompt = small_graph()
+    kinds = {node["class_type"]: key for key, node in prompt.items()}
+    save = kinds["SaveImage"]
+    graph = {
+        "m": prompt[kinds["ChromaLoadModel"]],
+        "c": prompt[kinds["ChromaLoadTextEncoder"]],
+        "v": prompt[kinds["ChromaLoadVAE"]],
+        "p": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["c", 0], "text": "a 3d emoji"}},
+        "n": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["c", 0], "text": ""}},
+        "l": {
+            "class_type": "EmptySD3LatentImage",
+            "inputs": {"width": 128, "height": 128, "batch_size": 2},
+        },
+        "s": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["m", 0], "positive": ["p", 0], "negative": ["n", 0],
+                "latent_image": ["l", 0], "seed": 3, "steps": 4, "cfg": 4.0,
+                "sampler_name": "chroma_flash", "scheduler": "sigmoid_offset", "denoise": 1.0,
+            },
+        },
+        "d": {"class_type": "VAEDecode", "inputs": {"samples": ["s", 0], "vae": ["v", 0]}},
+        "o": {**prompt[save], "inputs": {"images": ["d", 0], "filename_prefix": "k"}},
+    }  # fmt: skip
+    run = server.run(graph)
+    assert run.ending == "execution_success", run.data
+    assert len(server.pictures(run)) == 2
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..\\x.safetensors"])
+def test_names_that_leave_the_folder_are_refused(server, name):
+    prompt = small_graph()
+    for node in prompt.values():
+        if node["class_type"] == "ChromaLoadModel":
+            node["inputs"]["model_name"] = name
+    status, reply = server.post("/prompt", {"prompt": prompt})
+    assert status == 400
+    assert "value_not_in_list" in json.dumps(reply)
+
+
+def test_a_bad_file_is_one_line_and_the_server_lives(server):
+    (server.base / "models" / "diffusion_models").mkdir(exist_ok=True)
+    (server.base / "models" / "diffusion_models" / "broken.safetensors").write_bytes(b"\x10" * 40)
+    prompt = small_graph()
+    for node in prompt.values():
+        if node["class_type"] == "ChromaLoadModel":
+            node["inputs"]["model_name"] = "broken.safetensors"
+    run = server.run(prompt)
+    assert run.ending == "execution_error"
+    message = run.data["exception_message"].strip()
+    assert "broken.safetensors is damaged" in message and "\n" not in message
+    assert server.run(small_graph()).ending == "execution_success"
