@@ -1,4 +1,4 @@
-"""Chroma for ComfyUI. Importing this module must never need ComfyUI: pytest and pip import it too."""
+"""Chroma for ComfyUI. Importing this must never need ComfyUI: pytest and pip import it too."""
 
 WEB_DIRECTORY = "./nodes/web"
 

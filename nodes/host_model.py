@@ -1,6 +1,7 @@
 """A ComfyUI MODEL that runs our transformer: adopted from a loaded one, or built from a file."""
 
 import logging
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -59,10 +60,15 @@ def apply_transformer(model: ModelPatcher) -> ModelPatcher:
 
 
 def _patch(patcher: ModelPatcher, transformer: HostTransformer) -> None:
-    model = patcher.model
+    # Weak, because ComfyUI makes both patches attributes of the model itself.
+    model = weakref.ref(patcher.model)
+
+    def conds(**kwargs: Any) -> dict[str, Any]:
+        base = model()
+        return extra_conds(partial(type(base).extra_conds, base), **kwargs)
+
     patcher.add_object_patch("diffusion_model", transformer)
-    original = partial(type(model).extra_conds, model)
-    patcher.add_object_patch("extra_conds", partial(extra_conds, original))
+    patcher.add_object_patch("extra_conds", conds)
 
 
 def _adopt_again(source: ModelPatcher, clone: ModelPatcher) -> None:
@@ -79,7 +85,7 @@ def extra_conds(original: Callable[..., dict[str, Any]], **kwargs: Any) -> dict[
             "the sampler instead.",
             kwargs["guidance"],
         )
-    conds = original(**{"pooled_output": None, **kwargs, "guidance": 0})
+    conds = original(**{"pooled_output": None, **kwargs})
     if (lengths := kwargs.get("chroma_lengths")) is not None:
         conds["chroma_lengths"] = comfy.conds.CONDRegular(lengths)
     return conds

@@ -18,9 +18,7 @@ def _quantiles(positions: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     return np.asarray(betaincinv(alpha, beta, positions))
 
 
-def beta_sigmas(
-    steps: int, *, shift: float = 1.0, alpha: float = 0.6, beta: float = 0.6
-) -> Tensor:
+def beta_sigmas(steps: int, *, shift: float = 1.0, alpha: float = 0.6, beta: float = 0.6) -> Tensor:
     """steps + 1 sigmas, fp32: quantiles of Beta(alpha, beta) at even steps from 1 to 0, shifted."""
     positions = 1 - np.arange(check_steps(steps) + 1) / steps
     return finish(apply_shift(_quantiles(positions, alpha, beta), check_shift(shift)), "beta")

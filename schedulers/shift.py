@@ -28,9 +28,7 @@ def apply_shift(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def flux_mu(
-    width: int, height: int, base_shift: float = 0.5, max_shift: float = 1.15
-) -> float:
+def flux_mu(width: int, height: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
     """Flux' mu of a picture in pixels: a line through 256 and 4096 tokens, not clamped."""
     tokens = width * height / PIXELS_PER_TOKEN
     slope = (max_shift - base_shift) / (MAX_TOKENS - MIN_TOKENS)

@@ -89,7 +89,9 @@ def test_exact_schedules_fall_strictly_to_zero(name, steps, shift, denoise):
     if int(steps / denoise) <= 200:
         tail = get_sigmas(name, steps, shift=shift, denoise=denoise)
         assert len(tail) == steps + 1
-        assert torch.equal(tail, get_sigmas(name, int(steps / denoise), shift=shift)[-(steps + 1) :])
+        assert torch.equal(
+            tail, get_sigmas(name, int(steps / denoise), shift=shift)[-(steps + 1) :]
+        )
 
 
 def test_denoise_zero_gives_no_sigmas():

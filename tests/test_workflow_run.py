@@ -147,7 +147,9 @@ def test_a_model_of_another_kind_is_named(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     line = error_of(changed("1", model_name="t5.safetensors"), out, models_dir=tmp_path / "m")
-    assert "node 1 (ChromaLoadModel): t5.safetensors is a T5 text encoder, expected a Chroma" in line
+    assert (
+        "node 1 (ChromaLoadModel): t5.safetensors is a T5 text encoder, expected a Chroma" in line
+    )
 
 
 def test_overrides_by_id_title_and_class():
