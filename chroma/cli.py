@@ -5,16 +5,17 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .devices import best_device
-from .errors import ChromaError, ImageError
+from .errors import CheckpointError, ChromaError, ImageError, SamplingError
 from .pipeline import Settings
 from .presets import BASE
 from .tiny import files as small
 from .workflow import REGISTRY, Context, apply_overrides, execute, read_prompt, to_interface
+from .workflow.graph import Prompt
+from .workflow.nodes_chroma import DTYPES
 from .workflow.single import text_to_image
 
 INTERRUPTED = 130
@@ -48,8 +49,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--out", type=Path, default=Path("output"), metavar="DIR")
     run.add_argument("--models", type=Path, default=Path("models"), metavar="DIR")
     run.add_argument("--input", type=Path, metavar="DIR", help="else inputs beside the workflow")
+    generate.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of weights")
     for command in (generate, run):
-        command.add_argument("--device", type=torch.device, help="for instance cpu")
+        command.add_argument("--device", help="for instance cpu; else what torch finds")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Execute a workflow file; the pictures it saved."""
     prompt = apply_overrides(read_prompt(args.workflow), args.set)
     inputs = args.input or args.workflow.parent / "inputs"
-    context = _context(args, prompt, models=args.models, inputs=inputs, outputs=args.out)
+    context = _context(args, prompt, args.models, inputs, args.out)
     return _execute(context)
 
 
@@ -66,18 +68,27 @@ def generate(args: argparse.Namespace) -> list[Path]:
     """Build the graph of one text-to-image run and execute it."""
     if args.out.suffix.lower() != ".png":
         raise ImageError(f"--out {args.out}: expected a name ending in .png")
+    if (args.text_encoder is None) != (args.vae is None):
+        raise CheckpointError(
+            "expected --text-encoder and --vae together: the small model's do not fit other files"
+        )
     side = small.SIZE if args.model is None else 1024
     settings = Settings(
-        width=args.width or side, height=args.height or side, steps=args.steps, cfg=args.cfg,
-        seed=args.seed, sampler=args.sampler, scheduler=args.scheduler, shift=args.shift,
+        width=side if args.width is None else args.width,
+        height=side if args.height is None else args.height,
+        steps=args.steps, cfg=args.cfg, seed=args.seed,
+        sampler=args.sampler, scheduler=args.scheduler, shift=args.shift,
     )  # fmt: skip
     files = {"model": args.model, "text_encoder": args.text_encoder, "vae": args.vae}
-    prompt = text_to_image(args.prompt, args.negative, settings, files)
-    context = _context(args, prompt, models=Path(), inputs=Path(), outputs=Path())
+    prompt = text_to_image(args.prompt, args.negative, settings, files, args.dtype)
+    context = _context(args, prompt, Path(), Path(), Path())
     context.out_file = args.out
-    context.files = {path.name: path for path in files.values() if path is not None}
+    outside = {
+        "diffusion_models": args.model, "text_encoders": args.text_encoder, "vae": args.vae,
+    }  # fmt: skip
+    context.files = {(k, path.name): path for k, path in outside.items() if path is not None}
     if args.tokenizer is not None:
-        context.files["tokenizer.json"] = args.tokenizer
+        context.files["text_encoders", "tokenizer.json"] = args.tokenizer
     return _execute(context)
 
 
@@ -98,11 +109,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _context(args: argparse.Namespace, prompt: dict[str, Any], **folders: Path) -> Context:
-    return Context(
-        args.device or best_device(), **folders, prompt=prompt,
-        workflow=to_interface(prompt, REGISTRY), progress=not args.quiet,
-    )  # fmt: skip
+def _device(name: str | None) -> torch.device:
+    """Raises SamplingError for a device that cannot compute here."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise SamplingError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}); expected cpu or an "
+            "accelerator of this machine"
+        ) from None
+    return device
+
+
+def _context(
+    args: argparse.Namespace, prompt: Prompt, models: Path, inputs: Path, outputs: Path
+) -> Context:
+    workflow = to_interface(prompt, REGISTRY)
+    device = _device(args.device)
+    return Context(device, models, inputs, outputs, prompt, workflow, progress=not args.quiet)
 
 
 def _execute(context: Context) -> list[Path]:

@@ -3,9 +3,11 @@
 from comfy_api.latest import io
 
 from ..chroma.text.encoder import PadRule
+from .host import one_of
 from .host_text import PAD_RULE, adopt_clip
 
 CATEGORY = "Chroma"
+PAD_RULES = [rule.value for rule in PadRule]
 
 
 class ChromaTextEncode(io.ComfyNode):
@@ -31,7 +33,7 @@ class ChromaTextEncode(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "pad_rule",
-                    options=[rule.value for rule in PadRule],
+                    options=PAD_RULES,
                     default=PadRule.REFERENCE.value,
                     tooltip="How the padding behind the prompt takes part. reference: as in "
                     "training. hf: diffusers. comfy_pad1, comfy_nopad: ComfyUI's encoder with and "
@@ -51,6 +53,10 @@ class ChromaTextEncode(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, pad_rule) -> bool | str:
+        return one_of(pad_rule=(pad_rule, PAD_RULES))
 
     @classmethod
     def execute(cls, clip, text: str, pad_rule: str, prompt_per_line: bool) -> io.NodeOutput:

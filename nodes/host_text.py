@@ -4,7 +4,6 @@ A CLIP that ComfyUI loaded keeps its weights and its memory management; our T5 r
 in fp32, as ComfyUI's own does. Shapes: B batch, L tokens, C width.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from ..chroma.checkpoint import Kind, check_state, identify, read_header, read_text_encoder
 from ..chroma.checkpoint.keys import T5_PARTS, belonging
 from ..chroma.errors import CheckpointError
-from ..chroma.text.encoder import PadRule, TextEmbedding, TextEncoder
+from ..chroma.text.encoder import PadRule, TextEncoder
 from ..chroma.text.t5 import T5Config, T5Encoder
 from ..chroma.text.tokenizer import Tokenizer
 from ..chroma.tiny import files as small
@@ -30,7 +29,6 @@ from .host_model import refuse_unreadable
 
 ROWS, PAD_RULE, LENGTHS = "t5xxl", "chroma_pad_rule", "chroma_lengths"
 XXL_WIDTH = 4096
-Row = tuple[list[int], list[float]]
 
 
 class _Embedding(nn.Module):
@@ -42,26 +40,6 @@ class _Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.stored(tokens, out_dtype=torch.float32).float()
-
-
-class _Placed:
-    """A T5 whose input belongs on `device`, wherever its weights wait."""
-
-    def __init__(self, t5: T5Encoder, device: torch.device) -> None:
-        self.t5, self.config, self.device = t5, t5.config, device
-
-    def __call__(self, *args: Any) -> Tensor:
-        return self.t5(*args)
-
-    def parameters(self) -> Iterator[Tensor]:
-        yield torch.empty(0, device=self.device)
-
-
-class _RowEncoder(TextEncoder):
-    """A text encoder of rows that are tokens already."""
-
-    def _tokenize(self, prompt: Any, weighted: bool) -> Row:
-        return prompt
 
 
 class HostTokenizer:
@@ -76,7 +54,7 @@ class HostTokenizer:
         """{"t5xxl": rows of (id, weight[, position])}; a list of prompts gives a row each."""
         rows = []
         for prompt in [text] if isinstance(text, str) else text:
-            pairs = zip(*self._encoder._tokenize(prompt, True), strict=True)
+            pairs = zip(*self._encoder.tokenize(prompt), strict=True)
             ids = [(*pair, i) if return_word_ids else pair for i, pair in enumerate(pairs)]
             rows.append(ids)
         rule = options.get(PAD_RULE)
@@ -87,8 +65,7 @@ class HostTokenizer:
         return [(pair, self.decode([pair[0]])) for pair in pairs]
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        backend = self._encoder.tokenizer._backend
-        return backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return self._encoder.tokenizer.decode(token_ids, skip_special=skip_special_tokens)
 
     def state_dict(self) -> dict:
         return {}
@@ -127,8 +104,7 @@ class HostTextModel(nn.Module):
             for row in tokens[ROWS]
         ]
         rule = PadRule(tokens.get(PAD_RULE, PadRule.REFERENCE))
-        encoder = _RowEncoder(self.tokenizer, _Placed(self._view[0], self.device))
-        embedding: TextEmbedding = encoder.encode(rows, rule)
+        embedding = self.encoder.encode_tokens(rows, rule, device=self.device)
         lengths = embedding.lengths.cpu()
         differ = bool((lengths != lengths[0]).any())
         hidden = embedding.hidden.to(management.intermediate_device())

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from ..chroma.presets import PRESETS
 from ..samplers import SAMPLERS
+from .host import one_of
 from .host_sampling import schedule, set_constant_shift
 
 CATEGORY = "Chroma"
@@ -31,6 +32,10 @@ class ChromaSampler(io.ComfyNode):
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip=SAMPLER_TIP)],
         )
+
+    @classmethod
+    def validate_inputs(cls, sampler_name) -> bool | str:
+        return one_of(sampler_name=(sampler_name, SAMPLERS))
 
     @classmethod
     def execute(cls, sampler_name: str) -> io.NodeOutput:
@@ -70,6 +75,10 @@ class ChromaPreset(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, preset) -> bool | str:
+        return one_of(preset=(preset, PRESETS))
 
     @classmethod
     def execute(cls, model, preset: str) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..schedulers.shift import flux_mu
+from .host import one_of
 from .host_sampling import schedule, set_constant_shift, set_flux_shift
 
 CATEGORY = "Chroma"
@@ -180,6 +181,10 @@ class ChromaModelShift(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The same model with this shift.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, mode) -> bool | str:
+        return one_of(mode=(mode, [CONSTANT, RESOLUTION]))
 
     @classmethod
     def execute(cls, model, mode, shift, base_shift, max_shift, width, height) -> io.NodeOutput:

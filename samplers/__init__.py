@@ -1,7 +1,8 @@
 """Samplers: (model, x, sigmas) -> x at the last sigma, in k-diffusion's contract.
 
 model(x, sigma (B,), **extra_args) -> denoised. `callback` gets one dict per step: i, x, sigma,
-sigma_hat, denoised. `disable` hides the progress bar. Sigmas are in [0, 1] and fall strictly.
+sigma_hat, denoised. `disable` hides the progress bar. Sigmas are in [0, 1] and never
+rise; where one is repeated, x stays as it is.
 """
 
 from collections.abc import Callable

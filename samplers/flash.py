@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from .steps import check_sigmas, quadrature, report, velocity
+from .steps import check_sigmas, level, quadrature, report, velocity
 
 # The inner node lies at this share of the step.
 NODE = 2 / 3
@@ -22,8 +22,10 @@ def sample_flash(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
     s, extra = check_sigmas(sigmas), extra_args or {}
     last_node: tuple[float, Tensor] | None = None
     for i in trange(len(s) - 1, disable=disable):
-        denoised = model(x, x.new_full((len(x),), s[i]), **extra)
+        denoised = model(x, level(x, s[i]), **extra)
         report(callback, i, x, s[i], denoised)
+        if s[i + 1] == s[i]:
+            continue
         if s[i + 1] == 0:
             x = denoised
             continue
@@ -32,7 +34,7 @@ def sample_flash(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
         if last_node is not None:
             known.append(last_node)
         inner = _advance(x, known, s[i], middle)
-        v = velocity(inner, model(inner, x.new_full((len(x),), middle), **extra), middle)
+        v = velocity(inner, model(inner, level(x, middle), **extra), middle)
         x = _advance(x, [*known, (middle, v)], s[i], s[i + 1])
         last_node = (middle, v)
     return x

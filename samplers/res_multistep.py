@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from .steps import check_sigmas, report
+from .steps import check_sigmas, level, report
 
 
 def step_weights(before: float, now: float, after: float) -> tuple[float, float]:
@@ -33,17 +33,19 @@ def sample_res_multistep(
     The first step is Euler's; the last one, to sigma 0, returns the denoised picture.
     """
     s, extra = check_sigmas(sigmas), extra_args or {}
-    previous = None
+    previous: tuple[float, Tensor] | None = None
     for i in trange(len(s) - 1, disable=disable):
-        denoised = model(x, x.new_full((len(x),), s[i]), **extra)
+        denoised = model(x, level(x, s[i]), **extra)
         report(callback, i, x, s[i], denoised)
+        if s[i + 1] == s[i]:
+            continue
         ratio = s[i + 1] / s[i]
         if s[i + 1] == 0:
             x = denoised
         elif previous is None:
             x = ratio * x + (1 - ratio) * denoised
         else:
-            now, before = step_weights(s[i - 1], s[i], s[i + 1])
-            x = ratio * x + now * denoised + before * previous
-        previous = denoised
+            now, before = step_weights(previous[0], s[i], s[i + 1])
+            x = ratio * x + now * denoised + before * previous[1]
+        previous = s[i], denoised
     return x

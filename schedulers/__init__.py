@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..chroma.errors import SamplingError
 from .beta import beta_sigmas, beta_sigmas_compat
-from .rounding import check_steps
+from .rounding import MAX_STEPS, check_steps
 from .sigmoid_offset import sigmoid_offset_sigmas, sigmoid_offset_sigmas_compat
 from .simple import simple_sigmas, simple_sigmas_compat
 
@@ -42,19 +42,24 @@ def get_sigmas(
     """The named schedule, fp32; with `compat_table` in ComfyUI's rounded form.
 
     denoise below 1 keeps the last `steps` steps of a schedule of steps / denoise, as ComfyUI does;
-    0 gives no sigmas at all. Raises SamplingError for an unknown name or unusable values.
+    0 or less gives no sigmas at all. Raises SamplingError for an unknown name or unusable values.
     """
     if name not in SCHEDULERS:
         raise SamplingError(f"unknown scheduler '{name}'; expected one of {', '.join(SCHEDULERS)}")
-    if not (math.isfinite(denoise) and 0 <= denoise <= 1):
+    if not (math.isfinite(denoise) and denoise <= 1):
         raise SamplingError(f"denoise {denoise} is not usable; expected a number from 0 to 1")
     check_steps(steps)
     schedule = SCHEDULERS[name] if compat_table is None else SCHEDULERS_COMPAT[name]
     known = inspect.signature(schedule).parameters
     if unknown := [option for option in options if option not in known]:
         raise SamplingError(f"the scheduler {name} has no option '{unknown[0]}'")
-    if denoise == 0:
+    if denoise <= 0:
         return torch.zeros(0)
+    if steps / denoise >= MAX_STEPS + 1:
+        raise SamplingError(
+            f"denoise {denoise} at {steps} steps needs a schedule of {steps / denoise:.0f} steps; "
+            f"expected at most {MAX_STEPS}, so raise denoise or lower steps"
+        )
     total = int(steps / denoise)
     if compat_table is None:
         sigmas = schedule(total, shift=shift, **options)

@@ -8,11 +8,15 @@ from torch import Tensor
 
 from ..chroma.errors import SamplingError
 
+MAX_STEPS = 10_000
+
 
 def check_steps(steps: int) -> int:
     """The count itself if it is usable. Raises SamplingError otherwise."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 10_000:
-        raise SamplingError(f"steps {steps} is not usable; expected a whole number from 1 to 10000")
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+        raise SamplingError(
+            f"steps {steps} is not usable; expected a whole number from 1 to {MAX_STEPS}"
+        )
     return steps
 
 
@@ -27,7 +31,7 @@ def look_up(positions: Sequence[float] | np.ndarray, table: Tensor) -> Tensor:
 
 
 def finish(sigmas: np.ndarray, name: str) -> Tensor:
-    """Exact fp64 sigmas from 1 to 0 as fp32, checked to fall strictly.
+    """Exact fp64 sigmas, the last one 0, as fp32, checked to fall strictly.
 
     Raises SamplingError where fp32 cannot tell two neighbours apart.
     """

@@ -5,7 +5,9 @@ that a; Flux writes it as exp(mu). 1 leaves sigma as it is.
 """
 
 import math
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from ..chroma.errors import SamplingError
 PIXELS_PER_TOKEN = 16 * 16
 MIN_TOKENS, MAX_TOKENS = 256, 4096
 
+Array = TypeVar("Array", Tensor, np.ndarray)
+
 
 def check_shift(shift: float) -> float:
     """The shift itself if it is usable. Raises SamplingError otherwise."""
@@ -23,7 +27,7 @@ def check_shift(shift: float) -> float:
     return shift
 
 
-def apply_shift(sigma: Tensor, shift: float) -> Tensor:
+def apply_shift(sigma: Array, shift: float) -> Array:
     """Shifted sigmas, the same shape and dtype."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -24,15 +24,21 @@ def _curve(t: np.ndarray, square_k: float, base_c: float) -> np.ndarray:
 
 
 def sigmoid_offset_sigmas(
-    steps: int, *, shift: float = 1.0, square_k: float = 1.0, base_c: float = 0.5
+    steps: int,
+    *,
+    shift: float = 1.0,
+    square_k: float = 1.0,
+    base_c: float = 0.5,
+    anchored: bool = True,
 ) -> Tensor:
-    """steps + 1 sigmas, fp32, shifted; the curve is stretched to run from exactly 1 to 0.
+    """steps + 1 sigmas, fp32, shifted; anchored, the curve is stretched to run from 1 to 0.
 
     The published schedule starts below 1 (0.982 by default) although sampling starts from pure
-    noise, an error that no number of steps removes; stretching it removes it.
+    noise, an error that no number of steps removes; stretching it removes it. Not anchored, the
+    curve stays as published, with its end replaced by 0.
     """
     u = _curve(np.arange(check_steps(steps) + 1) / steps, square_k, base_c)
-    u = (u - u[-1]) / (u[0] - u[-1])
+    u = (u - u[-1]) / (u[0] - u[-1]) if anchored else np.append(u[:-1], 0.0)
     return finish(apply_shift(u, check_shift(shift)), "sigmoid_offset")
 
 

@@ -50,6 +50,7 @@ class Server:
         command = [
             sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(self.base), "--preview-method", "latent2rgb",
+            "--database-url", "sqlite:///:memory:",
         ]  # fmt: skip
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from chroma_nodes.chroma.tiny import files as small
 from PIL import Image
 from workflow_files import ROOT
 
@@ -40,6 +42,27 @@ def test_generate_writes_a_picture_that_drops_back_into_comfyui(tmp_path):
         assert a.tobytes() == b.tobytes()
 
 
+def test_generate_takes_files_that_share_a_name(tmp_path):
+    for source, folder in ((small.TRANSFORMER, "t"), (small.TEXT_ENCODER, "e"), (small.VAE, "v")):
+        (tmp_path / folder).mkdir()
+        shutil.copy(source, tmp_path / folder / "model.safetensors")
+    files = ["--model", "t/model.safetensors", "--text-encoder", "e/model.safetensors",
+             "--vae", "v/model.safetensors"]  # fmt: skip
+    rest = ["--width", 64, "--height", 32, "--steps", 1, "--dtype", "fp32", "--quiet"]
+    done = chroma("generate", "a cat", *files, *rest, cwd=tmp_path)
+    assert done.returncode == 2 and "needs its tokenizer" in done.stderr
+    done = chroma("generate", "a cat", *files, *rest, "--tokenizer", small.TOKENIZER, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "chroma.png") as file:
+        assert file.size == (64, 32)
+        prompt = json.loads(file.text["prompt"])
+    assert prompt["1"]["inputs"] == {"model_name": "model.safetensors", "weight_dtype": "fp32"}
+    done = chroma("generate", "a cat", *rest, "--out", "own.png", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "own.png") as a, Image.open(tmp_path / "chroma.png") as b:
+        assert a.tobytes() == b.tobytes()
+
+
 def test_run_with_overrides(tmp_path):
     done = chroma(
         "run", SMALL, "--set", "10.steps=1", "--set", "7.width=64", "--out", "o", cwd=tmp_path
@@ -54,6 +77,21 @@ def test_run_with_overrides(tmp_path):
     ("arguments", "says"),
     [
         (["generate", "x", "--width", "100"], "width 100 is not usable; expected a multiple of 16"),
+        (["generate", "x", "--height", "0"], "height 0 is not usable"),
+        (["generate", "x", "--device", "nonsense"], "--device nonsense cannot be used"),
+        (["generate", "x", "--device", "meta"], "--device meta cannot be used"),
+        (["generate", "x", "--vae", "v.safetensors"], "expected --text-encoder and --vae together"),
+        (
+            [
+                "generate",
+                "x",
+                "--text-encoder",
+                str(small.TEXT_ENCODER.with_name("tokenizer.json")),
+                "--vae",
+                str(small.VAE),
+            ],
+            "tokenizer.json is not a model file",
+        ),
         (["generate", "x", "--steps", "0"], "input steps: 0 is not usable"),
         (["generate", "x", "--cfg", "nan"], "input cfg: nan is not usable"),
         (["generate", "x", "--sampler", "dpm"], "unknown sampler 'dpm'; expected one of euler"),
@@ -64,6 +102,7 @@ def test_run_with_overrides(tmp_path):
         (["generate", "x", "--model", "no.safetensors"], "no.safetensors is not in"),
         (["generate", "x", "--model", "no.ckpt"], "no.ckpt"),
         (["run", "no.json"], "no.json does not exist"),
+        (["run", str(SMALL), "--set", "Save.filename_prefix=../x"], "leads out of its folder"),
         (["run", str(SMALL), "--set", "x"], "expected node.input=value"),
         (["run", str(ROOT / "workflows" / "Chroma Nodes - Inpaint.json")], "Export (API)"),
         (["run", str(ROOT / "workflows" / "api" / "chroma-flash.json")], "Chroma1-Flash"),

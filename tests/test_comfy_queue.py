@@ -28,6 +28,14 @@ def small_graph():
     return on_small_model(load(next(p for p in API if p.stem == "chroma-small")))
 
 
+def graph_of(picture):
+    """The graph in a picture, without what ComfyUI's cache adds to its nodes."""
+    graph = json.loads(picture.text["prompt"])
+    for node in graph.values():
+        node.pop("is_changed", None)
+    return graph
+
+
 def sampler_node(prompt):
     return next(k for k, n in prompt.items() if n["class_type"] == "SamplerCustomAdvanced")
 
@@ -64,7 +72,7 @@ def test_every_workflow_runs_and_equals_the_standalone_picture(server, path, tmp
     with Image.open(theirs) as a, Image.open(ours) as b:
         difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
         assert np.asarray(a).std() > 10
-        assert json.loads(a.text["prompt"]) == json.loads(b.text["prompt"])
+        assert graph_of(a) == graph_of(b) == prompt
     assert difference.max() <= 1
 
 
@@ -121,7 +129,8 @@ def test_names_that_leave_the_folder_are_refused(server, name):
             node["inputs"]["model_name"] = name
     status, reply = server.post("/prompt", {"prompt": prompt})
     assert status == 400
-    assert "value_not_in_list" in json.dumps(reply)
+    error = next(iter(reply["node_errors"].values()))["errors"][0]
+    assert "is not in the list" in error["details"] and "\n" not in error["details"]
 
 
 def test_a_bad_file_is_one_line_and_the_server_lives(server):

@@ -47,15 +47,17 @@ def test_compat_equals_comfyui_to_float32(table, name, steps):
     ("group", "name", "steps"),
     [
         (g, n, s)
-        for g, pattern in (("_exact_unquantised_shift1_float64", "beta"),
-                           ("_proposed_float64", "sigmoid_anchored"))
-        for n, by_steps in REFERENCE[g].items() if n.startswith(pattern)
+        for g in ("_exact_unquantised_shift1_float64", "_proposed_float64")
+        for n, by_steps in REFERENCE[g].items()
         for s in by_steps
     ],
 )  # fmt: skip
 def test_exact_equals_the_formula_to_float32(group, name, steps):
     scheduler, options = parse(name)
+    if name.startswith("sigmoid_offset"):
+        options["anchored"] = False
     ours = get_sigmas(scheduler, int(steps), **options)
+    assert ours.dtype == torch.float32
     expected = torch.tensor(REFERENCE[group][name][steps], dtype=torch.float32)
     torch.testing.assert_close(ours, expected, rtol=3e-7, atol=1e-9)
 
@@ -94,8 +96,34 @@ def test_exact_schedules_fall_strictly_to_zero(name, steps, shift, denoise):
         )
 
 
-def test_denoise_zero_gives_no_sigmas():
-    assert len(get_sigmas("beta", 26, denoise=0.0)) == 0
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 200), st.floats(0.1, 20), st.floats(1e-3, 50), st.floats(1e-3, 50)
+)  # fmt: skip
+def test_extreme_beta_falls_strictly_or_says_that_it_cannot(steps, shift, alpha, beta):
+    try:
+        sigmas = get_sigmas("beta", steps, shift=shift, alpha=alpha, beta=beta)
+    except SamplingError as error:
+        assert "closer than fp32" in str(error)
+        t = stats.beta(alpha, beta).ppf(1 - np.arange(steps + 1) / steps)
+        exact = (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
+        # Two correct quantile functions may differ in the last place of fp32.
+        assert np.diff(exact).max() > -1.2e-7
+    else:
+        assert len(sigmas) == steps + 1 and sigmas[0] == 1 and sigmas[-1] == 0
+        assert bool((sigmas[1:] < sigmas[:-1]).all())
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [999, 1000])
+def test_a_thousand_steps_are_told_apart(name, steps):
+    sigmas = get_sigmas(name, steps)
+    assert len(sigmas) == steps + 1 and bool((sigmas[1:] < sigmas[:-1]).all())
+
+
+@pytest.mark.parametrize("denoise", [0.0, -0.5])
+def test_no_denoising_gives_no_sigmas(denoise):
+    assert len(get_sigmas("beta", 26, denoise=denoise)) == 0
 
 
 @pytest.mark.parametrize(
@@ -112,6 +140,9 @@ def test_denoise_zero_gives_no_sigmas():
         ("simple", 26, {"shift": math.inf}, "shift inf"),
         ("simple", 26, {"alpha": 0.6}, "no option 'alpha'"),
         ("beta", 26, {"denoise": 1.2}, r"denoise 1\.2"),
+        ("beta", 26, {"denoise": math.nan}, "denoise nan"),
+        ("beta", 200, {"denoise": 0.01}, r"denoise 0\.01 at 200 steps .* 20000 steps"),
+        ("beta", True, {}, "steps True"),
         ("karras", 26, {}, "unknown scheduler 'karras'.*beta, sigmoid_offset, simple"),
         ("beta", 10_000, {"alpha": 0.05, "beta": 0.05}, "closer than fp32"),
     ],

@@ -14,6 +14,10 @@ from .weighting import parse_weights
 __all__ = ["PadRule", "TextEmbedding", "TextEncoder"]
 
 
+# Ids and weights of one prompt, the end token included.
+TokenRow = tuple[list[int], list[float]]
+
+
 @dataclass(frozen=True)
 class TextEmbedding:
     """Hidden states (B, L, C) fp32; row i is valid up to `lengths[i]` (B,) and 0 behind it.
@@ -62,14 +66,27 @@ class TextEncoder:
         """
         if isinstance(prompts, str) or not prompts:
             raise PromptError(f"expected a list of at least one prompt, got {prompts!r}")
-        rows = [self._tokenize(prompt, weighted) for prompt in prompts]
+        return self.encode_tokens([self.tokenize(p, weighted=weighted) for p in prompts], pad_rule)
+
+    @torch.no_grad()
+    def encode_tokens(
+        self,
+        rows: Sequence[TokenRow],
+        pad_rule: PadRule = PadRule.REFERENCE,
+        *,
+        device: torch.device | None = None,
+    ) -> TextEmbedding:
+        """Encode rows of (ids, weights) as `tokenize` makes them.
+
+        `device` is where the tokens go: the first weight's place, unless the host moves weights.
+        """
         counts = torch.tensor([len(ids) for ids, _ in rows])
         pads = 0 if pad_rule is PadRule.COMFY_NOPAD else 1
         kept = (counts + pads).clamp(max=MAX_TOKENS)
         longest = int(kept.max())
         width = MAX_TOKENS if pad_rule is PadRule.UNMASKED512 else longest
 
-        device = next(self.model.parameters()).device
+        device = device or next(self.model.parameters()).device
         tokens = torch.full((len(rows), width), self.tokenizer.pad_id)
         weights = torch.ones(len(rows), longest)
         for i, (ids, row_weights) in enumerate(rows):
@@ -81,7 +98,7 @@ class TextEncoder:
         behind = torch.arange(longest) >= kept[:, None]  # (B, L)
         return TextEmbedding(hidden.masked_fill(behind[..., None].to(device), 0), kept.to(device))
 
-    def _tokenize(self, prompt: str, weighted: bool) -> tuple[list[int], list[float]]:
+    def tokenize(self, prompt: str, *, weighted: bool = True) -> TokenRow:
         """Ids and weights of at most 512 tokens, the end token included."""
         ids: list[int] = []
         weights: list[float] = []

@@ -63,11 +63,15 @@ class Tokenizer:
         """The ids with the end token behind them."""
         return [*ids, self.eos_id]
 
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        """The text that ids stand for."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special)
+
     def truncate(self, ids: Sequence[int], limit: int = MAX_TOKENS) -> list[int]:
         """The first `limit` - 1 ids, so that the end token still fits; warns of what is cut."""
         kept, cut = list(ids[: limit - 1]), list(ids[limit - 1 :])
         if cut:
-            tail = self._backend.decode(cut, skip_special_tokens=False)
+            tail = self.decode(cut, skip_special=False)
             _log.warning(
                 "The prompt has %d tokens, %d more than the %d that Chroma reads. Cut off: %r",
                 len(ids) + 1,

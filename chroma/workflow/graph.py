@@ -7,6 +7,7 @@ import json
 import math
 from collections import deque
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from ..errors import WorkflowError
 from .schema import REQUIRED, Input, NodeType, Registry
 
 Prompt = dict[str, Any]
+
+# Bytes of one name in a path; file systems hold 255, and SaveImage puts a number behind it.
+MAX_NAME = 240
 
 
 class Link(NamedTuple):
@@ -60,7 +64,7 @@ def check_format(prompt: Any, name: str = "the workflow") -> None:
         )
     shaped = isinstance(prompt, dict) and all(
         isinstance(node, dict) and isinstance(node.get("class_type"), str)
-        and isinstance(node.get("inputs", {}), dict)
+        and isinstance(node.get("inputs", {}), dict) and isinstance(node.get("_meta", {}), dict)
         for node in prompt.values()
     )  # fmt: skip
     if not shaped or not prompt:
@@ -118,7 +122,8 @@ def _expected(spec: Input) -> str:
     kinds = {"INT": "a whole number", "FLOAT": "a number", "BOOLEAN": "true or false"}
     text = kinds.get(spec.type, "text")
     if spec.minimum is not None and spec.maximum is not None:
-        text += f" from {spec.minimum:g} to {spec.maximum:g}"
+        low, high = (f"{x:g}" if isinstance(x, float) else x for x in (spec.minimum, spec.maximum))
+        text += f" from {low} to {high}"
     return text
 
 
@@ -164,18 +169,25 @@ def _convert(where: str, spec: Input, value: Any) -> Any:
     if spec.choices is not None and value not in spec.choices:
         raise wrong
     if spec.folder is not None:
-        check_name(where, value)
+        check_name(where, str(value))
     return value
 
 
 def check_name(where: str, name: str) -> None:
-    """Raises WorkflowError for a file name that could lead out of its folder."""
+    """Raises WorkflowError for a file name that could lead out of its folder, or is none."""
     for flavour in (PurePosixPath, PureWindowsPath):
         path = flavour(name)
-        if not name or path.is_absolute() or path.drive or ".." in path.parts or "\0" in name:
+        if path.is_absolute() or path.drive or ".." in path.parts:
             raise WorkflowError(
                 f"{where}: {name!r} leads out of its folder; expected a plain file name in it"
             )
+    parts = [part.encode("utf-8", "replace") for part in PurePosixPath(name).parts]
+    broken = any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in name)
+    if not parts or broken or max(map(len, parts)) > MAX_NAME:
+        shown = name if len(name) < 80 else name[:80] + "..."
+        raise WorkflowError(
+            f"{where}: {shown!r} is no file name; expected one of 1 to {MAX_NAME} bytes"
+        )
 
 
 def _order(nodes: dict[str, Node], outputs: list[str]) -> list[Node]:
@@ -186,20 +198,19 @@ def _order(nodes: dict[str, Node], outputs: list[str]) -> list[Node]:
         if node_id not in needed:
             needed.add(node_id)
             queue.extend(link.node for link in nodes[node_id].links)
-    waiting = {i: {link.node for link in nodes[i].links} for i in nodes if i in needed}
+    rank = {node_id: i for i, node_id in enumerate(nodes) if node_id in needed}
+    sorter = TopologicalSorter({i: [link.node for link in nodes[i].links] for i in rank})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        ring = error.args[1]
+        raise WorkflowError(
+            f"node {ring[0]} ({nodes[ring[0]].type.id}): waits for itself in a cycle, "
+            f"{' -> '.join(ring)}; remove one of these links"
+        ) from None
     order: list[Node] = []
-    while waiting:
-        ready = [node_id for node_id, sources in waiting.items() if not sources]
-        if not ready:
-            ring = ", ".join(waiting)
-            first = next(iter(waiting))
-            raise WorkflowError(
-                f"node {first} ({nodes[first].type.id}): the nodes {ring} wait for each other in "
-                "a cycle; remove one of the links"
-            )
-        for node_id in ready:
-            order.append(nodes[node_id])
-            del waiting[node_id]
-        for sources in waiting.values():
-            sources.difference_update(ready)
+    while sorter.is_active():
+        ready = sorter.get_ready()
+        order += [nodes[node_id] for node_id in sorted(ready, key=rank.__getitem__)]
+        sorter.done(*ready)
     return order

@@ -127,9 +127,8 @@ def _widget_values(specs: tuple[Input, ...], inputs: dict[str, Any]) -> list[Any
         values.append(spec.default if isinstance(value, Link) else value)
         if spec.is_seed:
             values.append("fixed")
-        if spec.is_upload:
-            values.append("image")
-    return values
+    # The upload button stands behind all others, whichever of them holds the picture's name.
+    return values + ["image" for spec in specs if spec.is_upload]
 
 
 def _models(inputs: dict[str, Any]) -> list[dict[str, str]]:

@@ -28,20 +28,22 @@ def _dtype(context: Context, choice: str) -> torch.dtype:
 
 
 def load_model(context: Context, model_name: str, weight_dtype: str):
-    path = context.model_file("diffusion_models", model_name, small.TRANSFORMER)
+    path = context.locate("diffusion_models", model_name)
     dtype = _dtype(context, weight_dtype)
     return (Model(load_transformer(path, dtype=dtype, device=context.device)),)
 
 
 def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
-    path = context.model_file("text_encoders", text_encoder_name, small.TEXT_ENCODER)
-    tokenizer = path.with_name("tokenizer.json")
-    tokenizer = context.files.get("tokenizer.json", tokenizer)
-    if path == small.TEXT_ENCODER:
-        tokenizer = small.TOKENIZER
+    path = context.locate("text_encoders", text_encoder_name)
+    beside = path.with_name("tokenizer.json")
+    is_small = path == small.TEXT_ENCODER
+    tokenizer = context.files.get(
+        ("text_encoders", "tokenizer.json"), small.TOKENIZER if is_small else beside
+    )
     if not tokenizer.is_file():
         raise WorkflowError(
-            f"{path.name} needs its tokenizer; put T5's tokenizer.json into {path.parent}"
+            f"{path.name} needs its tokenizer and {tokenizer} does not exist; "
+            "put T5's tokenizer.json there"
         )
     dtype = _dtype(context, weight_dtype)
     model = load_text_encoder(path, dtype=dtype, device=context.device)
@@ -49,7 +51,7 @@ def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
 
 
 def load_vae(context: Context, vae_name: str):
-    path = context.model_file("vae", vae_name, small.VAE)
+    path = context.locate("vae", vae_name)
     return (load_autoencoder(path, dtype=torch.float32, device=context.device),)
 
 

@@ -13,14 +13,13 @@ from ...schedulers import SCHEDULERS, get_sigmas
 from ...schedulers.shift import flux_mu
 from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
 from ..config import LATENT_CHANNELS
-from ..errors import SamplingError
+from ..errors import CheckpointError, ImageError, SamplingError
 from ..guidance import Denoiser
 from ..image import load_image, save_png
 from ..noise import MAX_SEED, make_noise
 from ..sampling import sample_latent
 from ..text.encoder import TextEmbedding, TextEncoder
 from ..tiled import decode_tiled
-from .graph import check_name
 from .schema import Input, NodeType
 from .values import Context, Guider, Latent, Model, Noise
 
@@ -55,18 +54,17 @@ def _from_model_space(latent: Tensor) -> Tensor:
 
 def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tensor, latent: Latent):
     """Run one sampler; (LATENT of the last sigma, LATENT of the last denoised picture)."""
+    if len(sigmas) == 0:
+        return latent, latent
     device = context.device
     start = _to_model_space(latent["samples"]).to(device)
     shape = start.shape
     drawn = torch.zeros(shape) if noise.seed is None else make_noise(shape, noise.seed)
     denoiser = Denoiser(guider.model.transformer, guider.positive, guider.negative, guider.cfg)
     last: dict[str, Tensor] = {}
-    total = max(0, len(sigmas) - 1)
 
     def on_step(state) -> None:
         last["denoised"] = state["denoised"]
-        if context.on_step is not None:
-            context.on_step(state["i"] + 1, total)
 
     began = time.perf_counter()
     mask = latent.get("noise_mask")
@@ -76,7 +74,7 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
         callback=on_step, disable_progress=not context.progress,
     )  # fmt: skip
     context.seconds += time.perf_counter() - began
-    context.steps += total
+    context.steps += len(sigmas) - 1
     outputs = [result, last.get("denoised", result)]
     return tuple({**latent, "samples": _from_model_space(out)} for out in outputs)
 
@@ -86,6 +84,13 @@ def sample_advanced(context: Context, noise, guider, sampler, sigmas, latent_ima
 
 
 def _guider(model: Model, positive: TextEmbedding, negative: TextEmbedding, cfg: float) -> Guider:
+    wanted = model.transformer.config.context_dim
+    for given in (positive.hidden.shape[-1], negative.hidden.shape[-1]):
+        if given != wanted:
+            raise CheckpointError(
+                f"the text encoder makes vectors of {given}, the transformer reads {wanted}; "
+                "choose files that belong together (Chroma1 with T5-XXL, or both of the small one)"
+            )
     return Guider(model, positive, None if math.isclose(cfg, 1.0) else negative, cfg)
 
 
@@ -109,9 +114,9 @@ def vae_decode_tiled(
     context: Context, samples: Latent, vae: Autoencoder, tile_size, overlap, **_: int
 ):
     latent = (samples["samples"].to(context.device) - LATENT_SHIFT) * LATENT_SCALE
-    tile = tile_size // SPATIAL_FACTOR
-    blend = min(overlap // SPATIAL_FACTOR, tile // 2)
-    return (_to_picture(decode_tiled(vae, latent, tile, blend)),)
+    overlap = min(overlap, tile_size // 4)
+    tiles = tile_size // SPATIAL_FACTOR, overlap // SPATIAL_FACTOR
+    return (_to_picture(decode_tiled(vae, latent, *tiles)),)
 
 
 def _to_picture(pixels: Tensor) -> Tensor:
@@ -122,6 +127,11 @@ def _to_picture(pixels: Tensor) -> Tensor:
 def vae_encode(context: Context, pixels: Tensor, vae: Autoencoder):
     for axis in (1, 2):
         size = pixels.shape[axis] // SPATIAL_FACTOR * SPATIAL_FACTOR
+        if size == 0:
+            raise ImageError(
+                f"a picture side of {pixels.shape[axis]} pixels is too small; "
+                f"expected at least {SPATIAL_FACTOR}"
+            )
         pixels = pixels.narrow(axis, (pixels.shape[axis] - size) // 2, size)
     mean, _ = vae.moments(pixels[..., :3].movedim(-1, 1).to(context.device) * 2 - 1)
     return ({"samples": mean.float().cpu()},)
@@ -132,11 +142,11 @@ def set_mask(_: Context, samples: Latent, mask: Tensor):
 
 
 def load_picture(context: Context, image: str):
-    return load_image(context.inputs / image)
+    return load_image(context.locate("input", image))
 
 
 def load_mask(context: Context, image: str, channel: str):
-    picture, mask = load_image(context.inputs / image)
+    picture, mask = load_image(context.locate("input", image))
     return (mask if channel == "alpha" else picture[..., ("red", "green", "blue").index(channel)],)
 
 
@@ -151,13 +161,17 @@ def save_image(context: Context, images: Tensor, filename_prefix: str):
         "%second%": f"{now.tm_sec:02}",
     }.items():  # fmt: skip
         filename_prefix = filename_prefix.replace(token, text)
-    check_name("SaveImage, filename_prefix", filename_prefix)
     stem = context.outputs / filename_prefix
     for image in images:
         path = context.out_file or _next_file(stem)
         save_png(path, image, prompt=context.prompt, workflow=context.workflow)
         context.saved.append(path)
     return ()
+
+
+def preview_image(context: Context, images: Tensor):
+    """Without an interface to show them, previews are saved as well."""
+    return save_image(context, images, "preview")
 
 
 def _next_file(stem: Path) -> Path:
@@ -193,12 +207,16 @@ MODEL, LATENT_IN = Input("model", "MODEL"), Input("latent_image", "LATENT")
 CFG = Input("cfg", "FLOAT", 8.0, 0.0, 100.0)
 POSITIVE, NEGATIVE = Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING")
 STEPS, DENOISE = Input("steps", "INT", 20, 1, 10_000), Input("denoise", "FLOAT", 1.0, 0.0, 1.0)
-SIZE = (
-    Input("width", "INT", 1024, 16, 16384),
-    Input("height", "INT", 1024, 16, 16384),
-    Input("batch_size", "INT", 1, 1, 4096),
-)
+PREFIX = Input("filename_prefix", "STRING", "ComfyUI", folder="output")
 PICTURE = Input("image", "COMBO", folder="input", is_upload=True)
+
+
+def _size(side: int) -> tuple[Input, Input]:
+    return Input("width", "INT", side, 16, 16384), Input("height", "INT", side, 16, 16384)
+
+
+def _latent_size(side: int) -> tuple[Input, ...]:
+    return *_size(side), Input("batch_size", "INT", 1, 1, 4096)
 
 
 def _seed(name: str) -> Input:
@@ -210,8 +228,8 @@ def _one(kind: str) -> tuple[tuple[str, str], ...]:
 
 
 NODES = (
-    NodeType("EmptySD3LatentImage", SIZE, _one("LATENT"), empty_latent),
-    NodeType("EmptyLatentImage", SIZE, _one("LATENT"), empty_latent),
+    NodeType("EmptySD3LatentImage", _latent_size(1024), _one("LATENT"), empty_latent),
+    NodeType("EmptyLatentImage", _latent_size(512), _one("LATENT"), empty_latent),
     NodeType(
         "RandomNoise", (_seed("noise_seed"),), _one("NOISE"),
         lambda _, noise_seed: (Noise(noise_seed),),
@@ -240,7 +258,7 @@ NODES = (
     ),
     NodeType(
         "BasicGuider", (MODEL, Input("conditioning", "CONDITIONING")), _one("GUIDER"),
-        lambda _, model, conditioning: (Guider(model, conditioning, None, 1.0),),
+        lambda _, model, conditioning: (_guider(model, conditioning, conditioning, 1.0),),
     ),
     NodeType(
         "CFGGuider", (MODEL, POSITIVE, NEGATIVE, CFG), _one("GUIDER"),
@@ -272,7 +290,7 @@ NODES = (
         "ModelSamplingFlux",
         (
             MODEL, Input("max_shift", "FLOAT", 1.15, 0.0, 100.0),
-            Input("base_shift", "FLOAT", 0.5, 0.0, 100.0), *SIZE[:2],
+            Input("base_shift", "FLOAT", 0.5, 0.0, 100.0), *_size(1024),
         ),
         _one("MODEL"), flux_sampling,
     ),
@@ -309,7 +327,7 @@ NODES = (
         _one("MASK"), load_mask,
     ),
     NodeType(
-        "SaveImage", (Input("images", "IMAGE"), Input("filename_prefix", "STRING", "ComfyUI")),
-        (), save_image, is_output=True,
+        "SaveImage", (Input("images", "IMAGE"), PREFIX), (), save_image, is_output=True
     ),
+    NodeType("PreviewImage", (Input("images", "IMAGE"),), (), preview_image, is_output=True),
 )  # fmt: skip

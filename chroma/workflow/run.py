@@ -3,7 +3,8 @@
 import difflib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from ..devices import best_device
 from ..errors import ChromaError, WorkflowError
 from . import nodes_chroma, nodes_core
-from .graph import Link, Prompt, check, check_format
+from .graph import Link, Node, Prompt, check, check_format
+from .layout import to_interface
 from .schema import Registry
 from .values import Context
 
@@ -67,7 +69,38 @@ def _find(prompt: Prompt, name: str, override: str) -> str:
 
 
 def _label(node: dict[str, Any], key: str) -> str:
-    return node["class_type"] if key == "class" else node.get("_meta", {}).get("title", "")
+    return node["class_type"] if key == "class" else str(node.get("_meta", {}).get("title", ""))
+
+
+def prompts_first(order: Sequence[Node]) -> list[Node]:
+    """The same nodes with the prompts ahead, each still behind the ones it depends on.
+
+    So the text encoder, the second largest model, is gone before the transformer is read.
+    """
+    early: set[str] = set()
+    for node in reversed(order):
+        makes_prompt = any(kind == "CONDITIONING" for _, kind in node.type.outputs)
+        if makes_prompt or node.id in early:
+            early |= {node.id, *(link.node for link in node.links)}
+    return sorted(order, key=lambda node: node.id not in early)
+
+
+def check_files(order: Sequence[Node], context: Context) -> None:
+    """Raises WorkflowError for a missing file before anything is computed."""
+    for node in order:
+        for spec in node.type.inputs:
+            if spec.folder is not None and spec.folder != "output":
+                with naming(node):
+                    context.locate(spec.folder, node.inputs[spec.name])
+
+
+@contextmanager
+def naming(node: Node) -> Iterator[None]:
+    """Put the node's name before the message of any ChromaError."""
+    try:
+        yield
+    except ChromaError as error:
+        raise WorkflowError(f"node {node.id} ({node.type.id}): {error}") from error
 
 
 @torch.no_grad()
@@ -77,6 +110,8 @@ def execute(context: Context) -> None:
     Raises WorkflowError naming the node where one fails for a reason of the user's.
     """
     order = check(context.prompt, REGISTRY)
+    check_files(order, context)
+    order = prompts_first(order)
     users = Counter(link.node for node in order for link in node.links)
     results: dict[str, tuple[Any, ...]] = {}
     for node in order:
@@ -84,10 +119,8 @@ def execute(context: Context) -> None:
             name: results[value.node][value.slot] if isinstance(value, Link) else value
             for name, value in node.inputs.items()
         }
-        try:
+        with naming(node):
             results[node.id] = node.type.run(context, **inputs)
-        except ChromaError as error:
-            raise WorkflowError(f"node {node.id} ({node.type.id}): {error}") from error
         del inputs
         for link in node.links:
             users[link.node] -= 1
@@ -108,11 +141,11 @@ def run_workflow(
     """Execute a workflow; the pictures it saved.
 
     Folders are laid out as ComfyUI's. `workflow` is the same graph in the interface's format, to
-    be kept in the pictures.
+    be kept in the pictures; where there is none it is made from `prompt`.
     """
     context = Context(
-        device or best_device(), models_dir, input_dir, output_dir, prompt, workflow,
-        progress=progress,
+        device or best_device(), models_dir, input_dir, output_dir, prompt,
+        workflow or to_interface(prompt, REGISTRY), progress=progress,
     )  # fmt: skip
     execute(context)
     return context.saved

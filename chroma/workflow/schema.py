@@ -25,11 +25,11 @@ class Input:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] | None = None
-    # The models subfolder (or "input") whose file the value names.
+    # The folder in which the value names a file: a models subfolder, "input" or "output".
     folder: str | None = None
     # Widgets behind which ComfyUI's interface shows another one: what happens to the seed.
     is_seed: bool = False
-    # The interface draws this widget type as a socket of its own and not as a field.
+    # Pictures, for which the interface shows an upload button behind the node's widgets.
     is_upload: bool = False
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...samplers import SAMPLERS
 from ...schedulers import SCHEDULERS
-from ..errors import CheckpointError, SamplingError
+from ..errors import SamplingError
 from ..pipeline import Settings, latent_size
 from ..presets import BASE
 from ..tiny import files as small
@@ -22,7 +22,11 @@ SCHEDULER_NODES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def text_to_image(
-    prompt: str, negative: str, settings: Settings, files: Mapping[str, Path | None]
+    prompt: str,
+    negative: str,
+    settings: Settings,
+    files: Mapping[str, Path | None],
+    weight_dtype: str = "auto",
 ) -> dict[str, Any]:
     """An API-format workflow.
 
@@ -33,8 +37,6 @@ def text_to_image(
     _known("sampler", settings.sampler, list(SAMPLERS))
     _known("scheduler", settings.scheduler, list(SCHEDULERS))
     names = {k: small.LABEL if path is None else path.name for k, path in files.items()}
-    if len(set(names.values()) - {small.LABEL}) < sum(path is not None for path in files.values()):
-        raise CheckpointError("two of the given files have the same name; rename one of them")
 
     def node(kind: str, title: str = "", **inputs: Any) -> dict[str, Any]:
         return {"class_type": kind, "inputs": inputs, "_meta": {"title": title or kind}}
@@ -51,11 +53,11 @@ def text_to_image(
     )
     return {
         "1": node(
-            "ChromaLoadModel", "Model", model_name=names["model"], weight_dtype="auto"
+            "ChromaLoadModel", "Model", model_name=names["model"], weight_dtype=weight_dtype
         ),
         "2": node(
             "ChromaLoadTextEncoder", "Text encoder",
-            text_encoder_name=names["text_encoder"], weight_dtype="auto",
+            text_encoder_name=names["text_encoder"], weight_dtype=weight_dtype,
         ),
         "3": node("ChromaLoadVAE", "VAE", vae_name=names["vae"]),
         "4": node(

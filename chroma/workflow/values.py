@@ -1,7 +1,6 @@
 """What travels along the links of a workflow, and what the whole run shares."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,19 @@ import torch
 from torch import Tensor
 
 from ...schedulers.shift import discrete_table, flux_table
-from ..errors import WorkflowError
+from ..errors import SamplingError, WorkflowError
 from ..text.encoder import TextEmbedding
 from ..tiny import files as small
 from ..transformer import ChromaTransformer
 
 # ComfyUI samples Chroma at Flux' mu of 1024 x 1024 pixels unless a node says otherwise.
 DEFAULT_MU = 1.15
+# The small model's file in each models subfolder.
+SMALL_FILES = {
+    "diffusion_models": small.TRANSFORMER,
+    "text_encoders": small.TEXT_ENCODER,
+    "vae": small.VAE,
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,13 @@ class Model:
         return replace(self, shift=shift, table=discrete_table(shift))
 
     def with_flux_shift(self, mu: float) -> "Model":
-        return replace(self, shift=math.exp(mu), table=flux_table(mu))
+        """Raises SamplingError for a mu whose shift no number can hold."""
+        try:
+            return replace(self, shift=math.exp(mu), table=flux_table(mu))
+        except OverflowError:
+            raise SamplingError(
+                f"a shift of e^{mu:.0f} is too large; lower max_shift, or the width and height"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -65,24 +76,29 @@ class Context:
     outputs: Path
     prompt: dict[str, Any]
     workflow: dict[str, Any] | None = None
-    # Files outside the models folder, by the name that the workflow uses for them.
-    files: dict[str, Path] = field(default_factory=dict)
+    # Files outside the models folder, by the (subfolder, name) that the workflow uses for them.
+    files: dict[tuple[str, str], Path] = field(default_factory=dict)
     # Where SaveImage puts the picture instead of a numbered file in `outputs`.
     out_file: Path | None = None
     progress: bool = True
-    on_step: Callable[[int, int], None] | None = None
     saved: list[Path] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
 
-    def model_file(self, folder: str, name: str, small_file: Path) -> Path:
-        """The file behind a menu entry. Raises WorkflowError where there is none."""
-        if name == small.LABEL:
-            return small_file
-        path = self.files.get(name, self.models / folder / name)
+    def locate(self, folder: str, name: str) -> Path:
+        """The file a widget names: "input" for pictures, else a models subfolder.
+
+        Raises WorkflowError where there is none.
+        """
+        if name == small.LABEL and folder in SMALL_FILES:
+            return SMALL_FILES[folder]
+        if (folder, name) in self.files:
+            path, remedy = self.files[folder, name], "check the name"
+        elif folder == "input":
+            path, remedy = self.inputs / name, "put it there, or name another folder with --input"
+        else:
+            path = self.models / folder / name
+            remedy = f"put it there, name another folder with --models, or use '{small.LABEL}'"
         if not path.is_file():
-            raise WorkflowError(
-                f"the file {name} is not in {self.models / folder}; put it there, name another "
-                f"folder with --models, or use '{small.LABEL}'"
-            )
+            raise WorkflowError(f"the file {name} is not in {path.parent}; {remedy}")
         return path
