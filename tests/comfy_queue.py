@@ -122,7 +122,12 @@ class Server:
         return run
 
     def pictures(self, run: Run) -> list[Path]:
-        outputs = self.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        """The files a run saved. The history follows the last event a moment later."""
+        for _ in range(100):
+            if history := self.get(f"/history/{run.prompt_id}"):
+                break
+            time.sleep(0.1)
+        outputs = history[run.prompt_id]["outputs"]
         return [
             self.base / "output" / image["subfolder"] / image["filename"]
             for output in outputs.values()
