@@ -1,6 +1,7 @@
 """Samplers against analytic flows, whose solutions are known."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -76,20 +77,35 @@ def test_converges_on_a_mixture_as_scipy_does(name):
     np.testing.assert_allclose(ours.numpy(), truth, atol=tolerance)
 
 
-def test_flash_evaluates_at_two_thirds_and_is_exact_for_quadratic_velocities():
+def test_flash_sub_steps_at_two_thirds_and_is_exact_for_quadratic_velocities():
     sigmas, seen = [1.0, 0.9, 0.65, 0.5, 0.2], []
 
     def model(x, sigma):
-        seen.append(float(sigma[0]))
-        # x(s) = s^3 - 2 s^2 + s, once the first step, exact for straight velocities, is done.
         s = float(sigma[0])
-        return x - s * (3 * s**2 - 4 * s + 1 if s < 0.9 - 1e-9 or len(seen) > 2 else 0.5 * s)
+        seen.append(s)
+        return x - s * (3 * s**2 - 4 * s + 1)
 
     x = torch.zeros(1, 1, dtype=torch.float64)
     out = run("flash", model, x, torch.tensor(sigmas, dtype=torch.float64))
-    nodes = [n for a, b in zip(sigmas, sigmas[1:], strict=False) for n in (a, a + (b - a) * 2 / 3)]
-    assert seen == pytest.approx(nodes)
-    assert out is not None
+    assert seen == pytest.approx([n for a, b in pairwise(sigmas) for n in (a, a + (b - a) * 2 / 3)])
+    # The integral of the velocity from 1, where s^3 - 2 s^2 + s is 0, to 0.2.
+    assert float(out) == pytest.approx(0.2**3 - 2 * 0.2**2 + 0.2, abs=1e-12)
+
+
+def test_flash_predicts_its_sub_steps_from_the_last_one():
+    sigmas, inner = [1.0, 0.9, 0.65, 0.5, 0.2], []
+
+    def model(x, sigma):
+        s = float(sigma[0])
+        inner.append((s, float(x)))
+        return x - s * (2 * s - 1)
+
+    run("flash", model, torch.zeros(1, 1, dtype=torch.float64), torch.tensor(sigmas).double())
+    # A straight velocity, whose x is s^2 - s, is predicted exactly once there is a step behind.
+    for s, x in inner[3::2]:
+        assert x == pytest.approx(s**2 - s, abs=1e-6)
+    s, x = inner[1]
+    assert x == pytest.approx(s - 1, abs=1e-6)
 
 
 def test_second_order_beats_euler_at_equal_evaluations():

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from enum import Enum
 
+from .keys import strip_prefix
 from .reader import TensorInfo
 
 
@@ -20,23 +21,31 @@ class Kind(Enum):
     T5 = "a T5 text encoder"
     CLIP = "a CLIP text encoder"
     AUTOENCODER = "a Flux autoencoder"
-    AUTOENCODER_DIFFUSERS = "an autoencoder in diffusers' layout"
+    AUTOENCODER_DIFFUSERS = "a Flux autoencoder in diffusers' layout"
+    AUTOENCODER_OTHER = "an autoencoder of another model"
     LORA = "a LoRA"
     UNKNOWN = "of a kind that is not known here"
 
 
+_LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lokr_", ".hada_")
+_FLUX_LATENT_CHANNELS = 16
+
+
 def identify(tensors: Mapping[str, TensorInfo]) -> Kind:
-    """The kind of a file, from its header alone. Prefixes of any depth are looked through."""
+    """The kind of a file, from its header alone. Prefixes of any depth are looked through.
+
+    Of a checkpoint with several models in it, the kind of its transformer.
+    """
     text = "\n".join(tensors)
 
     def has(*parts: str) -> bool:
         return all(part in text for part in parts)
 
-    if any(mark in text for mark in (".lora_A.", ".lora_down.", "lora_up", ".lokr_", ".hada_")):
+    if any(mark in text for mark in _LORA_MARKS):
         return Kind.LORA
     if has("distilled_guidance_layer", "double_blocks."):
         return Kind.RADIANCE if has("nerf_blocks.") else Kind.CHROMA
-    if has("double_blocks.", "img_attn"):
+    if has("double_blocks.", "img_attn.qkv"):
         return Kind.FLUX
     if has("single_transformer_blocks."):
         return Kind.CHROMA_DIFFUSERS if has("distilled_guidance_layer") else Kind.FLUX_DIFFUSERS
@@ -49,10 +58,18 @@ def identify(tensors: Mapping[str, TensorInfo]) -> Kind:
     if has("text_model.encoder.layers"):
         return Kind.CLIP
     if has("decoder.up.", "encoder.down."):
-        return Kind.AUTOENCODER
+        return Kind.AUTOENCODER if _has_flux_latents(tensors) else Kind.AUTOENCODER_OTHER
     if has("decoder.up_blocks.", "encoder.down_blocks."):
-        return Kind.AUTOENCODER_DIFFUSERS
+        return Kind.AUTOENCODER_DIFFUSERS if _has_flux_latents(tensors) else Kind.AUTOENCODER_OTHER
     return Kind.UNKNOWN
+
+
+def _has_flux_latents(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the decoder takes 16 channels of a picture (autoencoders of video have 5 axes)."""
+    for name, info in tensors.items():
+        if strip_prefix(name) == "decoder.conv_in.weight":
+            return len(info.shape) == 4 and info.shape[1] == _FLUX_LATENT_CHANNELS
+    return True
 
 
 def quantisation(tensors: Mapping[str, TensorInfo]) -> str | None:
@@ -64,6 +81,6 @@ def quantisation(tensors: Mapping[str, TensorInfo]) -> str | None:
     dtypes = {info.dtype for info in tensors.values() if len(info.shape) > 1}
     if any(dtype.startswith("F8") for dtype in dtypes):
         return "fp8"
-    if dtypes & {"I8", "U8", "F4"}:
-        return "8-bit or 4-bit integers"
+    if any(dtype in ("I8", "U8") or dtype.startswith(("F4", "F6")) for dtype in dtypes):
+        return "integers or floats of 8 bits or fewer"
     return None

@@ -20,8 +20,20 @@ TRANSFORMER_PARTS = (
     "img_in.", "txt_in.", "distilled_guidance_layer.", "double_blocks.", "single_blocks.",
     "final_layer.",
 )  # fmt: skip
+DIFFUSERS_TRANSFORMER_PARTS = (
+    "x_embedder.", "context_embedder.", "distilled_guidance_layer.", "transformer_blocks.",
+    "single_transformer_blocks.", "proj_out.",
+)  # fmt: skip
 T5_PARTS = ("shared.", "encoder.block.", "encoder.final_layer_norm.", "encoder.embed_tokens.")
-AUTOENCODER_PARTS = ("encoder.", "decoder.")
+# Not "encoder." alone, which T5 has too.
+AUTOENCODER_PARTS = (
+    "encoder.conv_in.", "encoder.down.", "encoder.mid.", "encoder.norm_out.", "encoder.conv_out.",
+    "decoder.",
+)  # fmt: skip
+DIFFUSERS_AUTOENCODER_PARTS = (
+    "encoder.conv_in.", "encoder.down_blocks.", "encoder.mid_block.", "encoder.conv_norm_out.",
+    "encoder.conv_out.", "decoder.",
+)  # fmt: skip
 
 
 def strip_prefix(name: str) -> str:

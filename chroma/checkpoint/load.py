@@ -1,6 +1,8 @@
 """A file on disk to a ready module: checked, strict, memory-mapped."""
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +14,21 @@ from ..config import ChromaConfig
 from ..errors import CheckpointError
 from ..text.t5 import T5Config, T5Encoder
 from ..transformer import ChromaTransformer
+from .diffusers import autoencoder_from_diffusers, transformer_from_diffusers
 from .identify import Kind, identify, quantisation
-from .keys import AUTOENCODER_PARTS, T5_PARTS, TRANSFORMER_PARTS, belonging
-from .reader import Header, read_header, read_tensors
+from .keys import (
+    AUTOENCODER_PARTS,
+    DIFFUSERS_AUTOENCODER_PARTS,
+    DIFFUSERS_TRANSFORMER_PARTS,
+    T5_PARTS,
+    TRANSFORMER_PARTS,
+    belonging,
+)
+from .reader import TensorInfo, read_header, read_tensors
 
 Model = TypeVar("Model", bound=nn.Module)
+Config = TypeVar("Config")
+Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ADVICE = {
@@ -24,19 +36,32 @@ ADVICE = {
     Kind.T5: "choose t5xxl_fp16.safetensors or another T5 v1.1 XXL file",
     Kind.AUTOENCODER: "choose ae.safetensors, the autoencoder of Flux",
 }
+# For each kind wanted: the layouts it is found in, their tensors, and the way to canonical names.
+LAYOUTS: dict[Kind, dict[Kind, tuple[tuple[str, ...], Convert]]] = {
+    Kind.CHROMA: {
+        Kind.CHROMA: (TRANSFORMER_PARTS, dict),
+        Kind.CHROMA_DIFFUSERS: (DIFFUSERS_TRANSFORMER_PARTS, transformer_from_diffusers),
+    },
+    Kind.T5: {Kind.T5: (T5_PARTS, dict)},
+    Kind.AUTOENCODER: {
+        Kind.AUTOENCODER: (AUTOENCODER_PARTS, dict),
+        Kind.AUTOENCODER_DIFFUSERS: (DIFFUSERS_AUTOENCODER_PARTS, autoencoder_from_diffusers),
+    },
+}
+# Radiance has Chroma's blocks around other ends; the checkpoints of the others hold an autoencoder
+# of their own, which in SD3's case has the shapes of Flux'.
+LOOKALIKES = {Kind.CHROMA: (Kind.RADIANCE,), Kind.AUTOENCODER: (Kind.SD, Kind.SDXL, Kind.SD3)}
 
 
 def read_transformer(path: Path) -> tuple[ChromaConfig, dict[str, Tensor]]:
     """Config and canonical state dict of a Chroma transformer. Raises CheckpointError."""
-    header = open_as(path, Kind.CHROMA)
-    state = read_tensors(header, belonging(header.tensors, TRANSFORMER_PARTS))
+    state = read_state(path, Kind.CHROMA)
     return _configure(path, ChromaConfig.from_state_dict, state), state
 
 
 def read_text_encoder(path: Path) -> tuple[T5Config, dict[str, Tensor]]:
     """Config and canonical state dict of a T5 v1.1 encoder. Raises CheckpointError."""
-    header = open_as(path, Kind.T5)
-    state = read_tensors(header, belonging(header.tensors, T5_PARTS))
+    state = read_state(path, Kind.T5)
     # Many files hold the embedding under a second name as well.
     embedding = state.pop("encoder.embed_tokens.weight", None)
     if embedding is not None:
@@ -46,15 +71,8 @@ def read_text_encoder(path: Path) -> tuple[T5Config, dict[str, Tensor]]:
 
 def read_autoencoder(path: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
     """Config and canonical state dict of a Flux autoencoder. Raises CheckpointError."""
-    header = open_as(path, Kind.AUTOENCODER)
-    state = read_tensors(header, belonging(header.tensors, AUTOENCODER_PARTS))
-    config = _configure(path, AutoencoderConfig.from_state_dict, state)
-    if config.latent_channels != 16:
-        raise CheckpointError(
-            f"{path.name} has {config.latent_channels} latent channels, expected 16; "
-            f"{ADVICE[Kind.AUTOENCODER]}"
-        )
-    return config, state
+    state = read_state(path, Kind.AUTOENCODER)
+    return _configure(path, AutoencoderConfig.from_state_dict, state), state
 
 
 def load_transformer(
@@ -66,9 +84,7 @@ def load_transformer(
 ) -> ChromaTransformer:
     """A transformer ready to run, in the file's own dtype unless one is given."""
     config, state = read_transformer(path)
-    with torch.device("meta"):
-        model = ChromaTransformer(config, operations)
-    return fill(model, state, path, dtype, device)
+    return fill(_build(path, ChromaTransformer, config, operations), state, path, dtype, device)
 
 
 def load_text_encoder(
@@ -80,9 +96,7 @@ def load_text_encoder(
 ) -> T5Encoder:
     """A T5 encoder ready to run, in the file's own dtype unless one is given."""
     config, state = read_text_encoder(path)
-    with torch.device("meta"):
-        model = T5Encoder(config, operations)
-    return fill(model, state, path, dtype, device)
+    return fill(_build(path, T5Encoder, config, operations), state, path, dtype, device)
 
 
 def load_autoencoder(
@@ -94,32 +108,75 @@ def load_autoencoder(
 ) -> Autoencoder:
     """An autoencoder ready to run, in the file's own dtype unless one is given."""
     config, state = read_autoencoder(path)
-    with torch.device("meta"):
-        model = Autoencoder(config, operations)
-    return fill(model, state, path, dtype, device)
+    return fill(_build(path, Autoencoder, config, operations), state, path, dtype, device)
 
 
-def open_as(path: Path, expected: Kind) -> Header:
-    """The header of a file that is of the expected kind with plain weights, else an error."""
+def read_state(path: Path, wanted: Kind) -> dict[str, Tensor]:
+    """Canonical state dict of one model in a file, which may hold other models beside it.
+
+    Raises CheckpointError for a file without that model, and for one with quantised weights.
+    """
     header = read_header(path)
     found = identify(header.tensors)
-    if found is not expected:
-        raise CheckpointError(
-            f"{path.name} is {found.value}, expected {expected.value}; {ADVICE[expected]}"
-        )
-    if (format_name := quantisation(header.tensors)) is not None:
+    for layout, (parts, convert) in LAYOUTS[wanted].items():
+        names = belonging(header.tensors, parts)
+        tensors = {name: header.tensors[name] for name in names}
+        if identify(tensors) is layout and found not in LOOKALIKES.get(wanted, ()):
+            _check_header(path, tensors, names.values(), wanted)
+            try:
+                return convert(read_tensors(header, names))
+            except RuntimeError as error:
+                raise _misshapen(path, error) from None
+    raise CheckpointError(
+        f"{path.name} is {found.value}, expected {wanted.value}; {ADVICE[wanted]}"
+    )
+
+
+def _check_header(
+    path: Path, tensors: Mapping[str, TensorInfo], names: Iterable[str], wanted: Kind
+) -> None:
+    if (format_name := quantisation(tensors)) is not None:
         raise CheckpointError(
             f"{path.name} is in {format_name}, expected bf16, fp16 or fp32; "
-            f"{ADVICE[expected]} in one of these"
+            f"{ADVICE[wanted]} in one of these"
         )
-    return header
+    for name, info in tensors.items():
+        if 0 in info.shape:
+            raise _misshapen(path, f"{name} is empty")
+    # A block numbered 1000000000 would make a model of as many blocks.
+    for name in names:
+        for number in re.findall(r"\.(\d+)\.", name):
+            if len(number) > 6 or int(number) >= len(tensors):
+                raise _misshapen(path, f"{name} is numbered beyond its {len(tensors)} tensors")
 
 
-def _configure(path: Path, read: Any, state: Mapping[str, Tensor]) -> Any:
+def _misshapen(path: Path, why: object) -> CheckpointError:
+    reason = " ".join(str(why).split())
+    return CheckpointError(
+        f"{path.name} does not fit together: {reason}; it is damaged or of another version"
+    )
+
+
+def _configure(
+    path: Path, read: Callable[[Mapping[str, Tensor]], Config], state: Mapping[str, Tensor]
+) -> Config:
     try:
         return read(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path.name}: {error}") from None
+    except (ValueError, IndexError, ZeroDivisionError):
+        raise _misshapen(path, "a tensor that decides the widths has too few axes") from None
+
+
+def _build(
+    path: Path, model: Callable[[Config, Any], Model], config: Config, operations: Any
+) -> Model:
+    """The model without memory for its weights, which come out of the file."""
+    try:
+        with torch.device("meta"):
+            return model(config, operations)
+    except (ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise _misshapen(path, error) from None
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -143,8 +200,8 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
                 f"{path.name}: {name} is {tensor.dtype}, expected bf16, fp16 or fp32; "
                 "download the file again"
             )
-        # One reduction instead of a mask as large as the tensor: NaN and infinity survive a sum.
-        if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+        # The extremes instead of a mask as large as the tensor: NaN becomes both of them.
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise CheckpointError(
                 f"{path.name}: {name} holds NaN or infinity; the file is damaged, download it again"
             )
@@ -157,7 +214,14 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> Model:
-    """Give a model on the meta device its weights, without a second copy where none is needed."""
+    """Give a model on the meta device its weights, without a second copy where none is needed.
+
+    A file of several dtypes is loaded in that of most of its weights, unless one is given.
+    """
     check_state(model, state, path)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in state.values():
+        sizes[tensor.dtype] += tensor.numel()
+    dtype = dtype or sizes.most_common(1)[0][0]
     model.load_state_dict(state, strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

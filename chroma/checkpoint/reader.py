@@ -6,9 +6,11 @@ Format: 8 bytes little-endian header length, JSON {name: {dtype, shape, data_off
 
 import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import safe_open
 from torch import Tensor
@@ -20,8 +22,12 @@ MAX_HEADER = 100 * 1024 * 1024
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
-    "F4": 4,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+# No model has more axes; without a bound, multiplying a lying shape could take hours.
+MAX_AXES = 8
+MAX_NAME = 500
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 @dataclass(frozen=True)
@@ -47,36 +53,57 @@ def read_header(path: Path) -> Header:
     Raises CheckpointError for a missing file, another format, or a damaged one.
     """
     _check_name(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise _damaged(path, f"it has {size} bytes, too few for a header")
-        (length,) = struct.unpack("<Q", start)
-        if length > min(MAX_HEADER, size - 8):
-            raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
-        text = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            text = _header_text(path, file, size)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read ({error.strerror}); check its permissions and the disk"
+        ) from None
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
-        tensors = {name: _tensor_info(entry) for name, entry in entries.items()}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        raise _damaged(path, "its header is not the JSON of a safetensors file") from None
-    if max(ends, default=0) + 8 + length > size:
-        raise _damaged(
-            path, f"its tensors need {max(ends) + 8 + length} bytes, the file has {size}"
-        )
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise _damaged(path, "its header is not the JSON of a safetensors file")
+    metadata = entries.pop("__metadata__", {})
+    tensors, needed = {}, 0
+    for name, entry in entries.items():
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise _damaged(path, f"the tensor name {name[:MAX_NAME]!a} is not usable")
+        try:
+            tensors[name], end = _tensor_info(entry)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, f"the header's entry of {name} is unusable ({error})") from None
+        needed = max(needed, end + 8 + len(text))
+    if needed > size:
+        raise _damaged(path, f"its tensors need {needed} bytes, the file has {size}")
     return Header(path, tensors, metadata if isinstance(metadata, dict) else {})
 
 
-def _tensor_info(entry: dict) -> TensorInfo:
-    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError("a size is not a whole number")
-    if (end - begin) * 8 != math.prod(shape) * BITS[entry["dtype"]]:
+def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
+    start = file.read(8)
+    if len(start) < 8:
+        raise _damaged(path, f"it has {size} bytes, too few for a header")
+    (length,) = struct.unpack("<Q", start)
+    if length > min(MAX_HEADER, size - 8):
+        raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
+    return file.read(length)
+
+
+def _tensor_info(entry: dict) -> tuple[TensorInfo, int]:
+    """Dtype and shape, and where the data ends, in bytes behind the header."""
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    if dtype not in BITS:
+        raise ValueError("its dtype is not known")
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"it has {len(shape)} axes")
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise ValueError("a size is not a usable whole number")
+    if (end - begin) * 8 != math.prod(shape) * BITS[dtype]:
         raise ValueError("shape and offsets disagree")
-    return TensorInfo(entry["dtype"], shape)
+    return TensorInfo(dtype, shape), end
 
 
 def read_tensors(header: Header, names: dict[str, str]) -> dict[str, Tensor]:
@@ -85,7 +112,7 @@ def read_tensors(header: Header, names: dict[str, str]) -> dict[str, Tensor]:
         with safe_open(header.path, framework="pt", device="cpu") as file:
             return {new: file.get_tensor(old) for old, new in names.items()}
     except Exception as error:  # safetensors' own error type differs by version
-        raise _damaged(header.path, str(error).splitlines()[0]) from None
+        raise _damaged(header.path, " ".join(str(error).split())) from None
 
 
 def _check_name(path: Path) -> None:
@@ -97,11 +124,16 @@ def _check_name(path: Path) -> None:
         )
     if suffix == ".gguf":
         raise CheckpointError(
-            f"{path.name} is a GGUF file; expected .safetensors, so choose the model's "
-            "bf16 safetensors file"
+            f"{path.name} is a GGUF file, which this version does not read; expected .safetensors, "
+            "so choose the model's bf16 safetensors file"
         )
     if suffix not in SUFFIXES:
         raise CheckpointError(f"{path.name} is not a model file; expected {' or '.join(SUFFIXES)}")
+    if match := _SHARD.search(path.stem):
+        raise CheckpointError(
+            f"{path.name} is part {int(match[1])} of {int(match[2])} of a model; expected a model "
+            "in one file, so choose its single-file version"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the name and the folder")
 

@@ -16,7 +16,7 @@ from . import train_vae
 from .captions import build_tokenizer
 from .dataset import SIZE, Scene, Sources, cutout, load_concepts, render, training_scenes
 from .sources import fetch
-from .train import Recipe, save, train
+from .train import Recipe, load, save, train
 
 RENDERS_PER_PAIR = 64
 VAE_STEPS = 5000
@@ -39,8 +39,13 @@ def render_all(scenes: Sequence[Scene], sources: Sources, file: Path) -> np.ndar
     return np.load(file, mmap_mode="r")
 
 
-def build(work: Path, font: Path, out: Path, vae_steps: int, steps: int) -> None:
-    """Write tokenizer.json, vae.safetensors, text_encoder.safetensors, transformer.safetensors."""
+def build(
+    work: Path, font: Path, out: Path, vae_steps: int, steps: int, start: Path | None
+) -> None:
+    """Write tokenizer.json, vae.safetensors, text_encoder.safetensors, transformer.safetensors.
+
+    `start` is a folder with all four to go on from: its autoencoder is kept, the rest trained on.
+    """
     fetch(work)
     sources = Sources.below(work, font)
     concepts = load_concepts(sources)
@@ -50,11 +55,15 @@ def build(work: Path, font: Path, out: Path, vae_steps: int, steps: int) -> None
     tokenizer = build_tokenizer(concepts)
     tokenizer.save(str(out / "tokenizer.json"))
     vae_file = work / "vae.safetensors"
-    if not vae_file.exists():
+    if start is not None:
+        vae_file.write_bytes((start / "vae.safetensors").read_bytes())
+    elif not vae_file.exists():
         train_vae.save(train_vae.train(pictures, vae_steps), vae_file)
     (out / "vae.safetensors").write_bytes(vae_file.read_bytes())
     latents = train_vae.encode_all(train_vae.load(vae_file), pictures)
-    save(train(latents, scenes, tokenizer, Recipe(steps), work / "training.state"), out)
+    model = None if start is None else load(start, tokenizer.get_vocab_size())
+    state_file = work / "training.state"
+    save(train(latents, scenes, tokenizer, Recipe(steps), state_file, model), out)
 
 
 def main() -> None:
@@ -64,9 +73,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--start", type=Path, help="folder with weights to go on from")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    build(args.work, args.font, args.out, args.vae_steps, args.steps)
+    build(args.work, args.font, args.out, args.vae_steps, args.steps, args.start)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -241,6 +241,15 @@ def train(
             torch.save(state, state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
     return average.eval()
+
+
+def load(folder: Path, vocabulary: int) -> TextToVelocity:
+    """Read back what `save` wrote, in fp32, to train on."""
+    model = TextToVelocity(vocabulary)
+    for name, part in (("transformer", model.transformer), ("text_encoder", model.text_encoder)):
+        state = load_file(folder / f"{name}.safetensors")
+        part.load_state_dict({k: v.float() for k, v in state.items()})
+    return model
 
 
 def save(model: TextToVelocity, folder: Path) -> None:
