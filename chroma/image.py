@@ -30,8 +30,8 @@ def save_png(
     """Write (H, W, 3) in [0, 1] as PNG, whole or not at all.
 
     `prompt` (API format) and `workflow` (UI format) go in as the text chunks from which ComfyUI
-    restores a graph when the file is dropped onto it. Raises ImageError where the folder cannot be
-    written to.
+    restores a graph when the file is dropped onto it. Raises ImageError where the file cannot be
+    written.
     """
     info = PngInfo()
     for name, value in (("prompt", prompt), ("workflow", workflow)):
@@ -41,7 +41,7 @@ def save_png(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target, because os.replace is atomic within one file system only.
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
             with part.open("xb") as file:
                 pixels.save(file, "PNG", pnginfo=info, compress_level=4)

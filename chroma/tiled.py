@@ -38,6 +38,8 @@ def decode_tiled(
             "and an overlap of at most half of that"
         )
     b, _, h, w = latent.shape
+    if max(h, w) <= tile:
+        return autoencoder.decode(latent).float().cpu()
     picture = torch.zeros(b, 3, h * SPATIAL_FACTOR, w * SPATIAL_FACTOR)
     total = torch.zeros(h * SPATIAL_FACTOR, w * SPATIAL_FACTOR)
     for y in _starts(h, tile, overlap):
