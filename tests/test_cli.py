@@ -105,7 +105,7 @@ def test_run_with_overrides(tmp_path):
         (["run", str(SMALL), "--set", "Save.filename_prefix=../x"], "leads out of its folder"),
         (["run", str(SMALL), "--set", "x"], "expected node.input=value"),
         (["run", str(ROOT / "workflows" / "Chroma Nodes - Inpaint.json")], "Export (API)"),
-        (["run", str(ROOT / "workflows" / "api" / "chroma-flash.json")], "Chroma1-Flash"),
+        (["run", str(ROOT / "workflows" / "api" / "chroma-flash.json")], "Chroma1-HD-Flash"),
     ],
 )
 def test_a_user_error_is_one_line_and_leaves_nothing(tmp_path, arguments, says):

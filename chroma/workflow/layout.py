@@ -17,8 +17,8 @@ PUBLIC_FILES = {
         "https://huggingface.co/lodestones/Chroma1-HD/resolve/main/Chroma1-HD.safetensors",
         "diffusion_models",
     ),
-    "Chroma1-Flash.safetensors": (
-        "https://huggingface.co/lodestones/Chroma1-Flash/resolve/main/Chroma1-Flash.safetensors",
+    "Chroma1-HD-Flash.safetensors": (
+        "https://huggingface.co/lodestones/Chroma1-Flash/resolve/main/Chroma1-HD-Flash.safetensors",
         "diffusion_models",
     ),
     "t5xxl_fp16.safetensors": (
