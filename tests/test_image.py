@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path, monkeypatch):
     path.write_bytes(b"old")
 
     def full(self, file, *args, **kw):
+        assert Path(file.name).parent == tmp_path
         file.write(b"half")
         raise OSError(28, "No space left on device")
 

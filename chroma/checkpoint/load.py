@@ -146,7 +146,7 @@ def _check_header(
     # A block numbered 1000000000 would make a model of as many blocks.
     for name in names:
         for number in re.findall(r"\.(\d+)\.", name):
-            if len(number) > 6 or int(number) >= len(tensors):
+            if int(number) >= len(tensors):
                 raise _misshapen(path, f"{name} is numbered beyond its {len(tensors)} tensors")
 
 
