@@ -79,5 +79,7 @@ class ChromaConfig:
 
 
 def _depth(state: Mapping[str, Tensor], group: str) -> int:
+    """Blocks numbered from 0 without a gap: one stray high number must not decide the depth."""
     pattern = re.compile(re.escape(group) + r"\.(\d+)\.")
-    return 1 + max((int(m[1]) for key in state if (m := pattern.match(key))), default=-1)
+    numbers = {int(match[1]) for key in state if (match := pattern.match(key))}
+    return next(i for i in range(len(numbers) + 1) if i not in numbers)
