@@ -65,7 +65,7 @@ class Pipeline:
             load_autoencoder(vae or small.VAE, dtype=torch.float32, device=device),
             device,
         )
-        check_widths(pipeline.transformer, pipeline.text_encoder)
+        check_widths(pipeline.transformer, encoder.config.d_model)
         return pipeline
 
 
@@ -85,9 +85,9 @@ class Settings:
     schedule_options: dict[str, Any] = field(default_factory=dict)
 
 
-def check_widths(transformer: ChromaTransformer, text_encoder: TextEncoder) -> None:
-    """Raises CheckpointError if the text encoder makes vectors the transformer cannot read."""
-    ours, theirs = transformer.config.context_dim, text_encoder.model.config.d_model
+def check_widths(transformer: ChromaTransformer, theirs: int) -> None:
+    """Raises CheckpointError unless the transformer reads text vectors `theirs` wide."""
+    ours = transformer.config.context_dim
     if ours != theirs:
         raise CheckpointError(
             f"the text encoder makes vectors of {theirs}, the transformer reads {ours}; "
@@ -151,5 +151,9 @@ def generate(
 def decode(autoencoder: Autoencoder, latent: Tensor) -> Tensor:
     """Latent (B, 16, h, w) -> pictures (B, 8h, 8w, 3) fp32 on the CPU, clamped to [0, 1]."""
     weight = next(autoencoder.parameters())
-    pixels = autoencoder.decode(latent.to(weight)).float()
-    return ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()
+    return to_picture(autoencoder.decode(latent.to(weight)))
+
+
+def to_picture(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W), about [-1, 1] -> (B, H, W, 3) fp32 on the CPU, clamped to [0, 1]."""
+    return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()

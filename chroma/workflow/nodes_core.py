@@ -13,10 +13,11 @@ from ...schedulers import SCHEDULERS, get_sigmas
 from ...schedulers.shift import flux_mu
 from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
 from ..config import LATENT_CHANNELS
-from ..errors import CheckpointError, ImageError, SamplingError
+from ..errors import ImageError, SamplingError
 from ..guidance import Denoiser
 from ..image import load_image, save_png
 from ..noise import MAX_SEED, make_noise
+from ..pipeline import check_widths, to_picture
 from ..sampling import sample_latent
 from ..text.encoder import TextEmbedding, TextEncoder
 from ..tiled import decode_tiled
@@ -84,13 +85,8 @@ def sample_advanced(context: Context, noise, guider, sampler, sigmas, latent_ima
 
 
 def _guider(model: Model, positive: TextEmbedding, negative: TextEmbedding, cfg: float) -> Guider:
-    wanted = model.transformer.config.context_dim
-    for given in (positive.hidden.shape[-1], negative.hidden.shape[-1]):
-        if given != wanted:
-            raise CheckpointError(
-                f"the text encoder makes vectors of {given}, the transformer reads {wanted}; "
-                "choose files that belong together (Chroma1 with T5-XXL, or both of the small one)"
-            )
+    for text in (positive, negative):
+        check_widths(model.transformer, text.hidden.shape[-1])
     return Guider(model, positive, None if math.isclose(cfg, 1.0) else negative, cfg)
 
 
@@ -107,7 +103,7 @@ def ksampler(
 @torch.no_grad()
 def vae_decode(context: Context, samples: Latent, vae: Autoencoder):
     raw = samples["samples"].to(context.device)
-    return (_to_picture(vae.decoder(raw)),)
+    return (to_picture(vae.decoder(raw)),)
 
 
 def vae_decode_tiled(
@@ -116,11 +112,7 @@ def vae_decode_tiled(
     latent = (samples["samples"].to(context.device) - LATENT_SHIFT) * LATENT_SCALE
     overlap = min(overlap, tile_size // 4)
     tiles = tile_size // SPATIAL_FACTOR, overlap // SPATIAL_FACTOR
-    return (_to_picture(decode_tiled(vae, latent, *tiles)),)
-
-
-def _to_picture(pixels: Tensor) -> Tensor:
-    return ((pixels.float() + 1) / 2).clamp(0, 1).movedim(1, -1).cpu()
+    return (to_picture(decode_tiled(vae, latent, *tiles)),)
 
 
 @torch.no_grad()
