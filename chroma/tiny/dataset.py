@@ -42,6 +42,8 @@ POSITIONS = {
     "bottom right": (1.0, 1.0),
 }
 MARGIN = 4
+# Share of training pictures that are large and centred, where the emoji itself is all there is to learn.
+CENTRED = 0.75
 SUBGROUPS = (
     "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine",
     "animal-bug", "plant-flower", "plant-other", "food-fruit", "food-vegetable", "food-prepared",
@@ -182,7 +184,7 @@ def held_out(concepts: Sequence[Concept], seed: int = 0) -> set[tuple[str, str, 
 
 
 def training_scenes(concepts: Sequence[Concept], per_pair: int, seed: int = 0) -> Iterator[Scene]:
-    """`per_pair` pictures of each emoji and style: half large and centred, the rest anywhere."""
+    """`per_pair` pictures of each emoji and style: most large and centred, the rest anywhere."""
     random = Random(seed + 1)
     hidden = held_out(concepts, seed)
     for concept in concepts:
@@ -190,7 +192,7 @@ def training_scenes(concepts: Sequence[Concept], per_pair: int, seed: int = 0) -
             colours = [c for c in COLOURS if (concept.hexcode, style, c) not in hidden]
             for index in range(per_pair):
                 colour = colours[index % len(colours)]
-                if random.random() < 0.5:
+                if random.random() < CENTRED:
                     yield Scene(concept, style, colour)
                 else:
                     size = random.choice(("medium", "small"))
