@@ -4,6 +4,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -26,6 +27,13 @@ def cpu_has_bf16() -> bool:
         return False
     flags = Path("/proc/cpuinfo").read_text("ascii", "ignore").split()
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can be allocated on a device now; a CUDA device's own, else the computer's."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -65,7 +65,7 @@ class Denoiser:
 
         Raises SamplingError if the model returns anything but finite numbers.
         """
-        weight = next(self.transformer.parameters())
+        weight = self.transformer.img_in.bias
         sigma = sigma.float()
         rows = sigma[:1] if bool((sigma == sigma[0]).all()) else sigma
         table = self.transformer.modulation_table(rows, None, weight.dtype)

@@ -20,6 +20,7 @@ from .noise import make_noise
 from .presets import BASE
 from .sampling import StepCallback, sample_latent
 from .text.encoder import TextEncoder
+from .text.find_tokenizer import find_tokenizer
 from .text.tokenizer import Tokenizer
 from .tiny import files as small
 from .transformer import ChromaTransformer
@@ -46,22 +47,26 @@ class Pipeline:
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        expand: bool = False,
     ) -> "Pipeline":
         """Read the files; the small model that ships stands in where none is given.
 
         `device` and `dtype` (of transformer and text encoder) are chosen by what the machine has.
+        Quantised files stay quantised in memory unless `expand` asks for `dtype`.
         Raises CheckpointError for a file that does not fit.
         """
-        if text_encoder is not None and tokenizer is None:
+        is_gguf = text_encoder is not None and text_encoder.suffix.lower() == ".gguf"
+        if text_encoder is not None and tokenizer is None and not is_gguf:
             raise CheckpointError(
                 f"{text_encoder.name} needs its tokenizer; give the tokenizer.json of T5 as well"
             )
         device = device or best_device()
         dtype = dtype or best_dtype(device)
-        encoder = load_text_encoder(text_encoder or small.TEXT_ENCODER, dtype=dtype, device=device)
+        kw: Any = {"dtype": dtype, "device": device, "expand": expand}
+        encoder = load_text_encoder(text_encoder or small.TEXT_ENCODER, **kw)
         pipeline = cls(
-            load_transformer(model or small.TRANSFORMER, dtype=dtype, device=device),
-            TextEncoder(Tokenizer.from_file(tokenizer or small.TOKENIZER), encoder),
+            load_transformer(model or small.TRANSFORMER, **kw),
+            TextEncoder(_tokenizer(tokenizer, text_encoder), encoder),
             load_autoencoder(vae or small.VAE, dtype=torch.float32, device=device),
             device,
         )
@@ -83,6 +88,12 @@ class Settings:
     shift: float = BASE.shift
     denoise: float = 1.0
     schedule_options: dict[str, Any] = field(default_factory=dict)
+
+
+def _tokenizer(tokenizer: Path | None, text_encoder: Path | None) -> Tokenizer:
+    if text_encoder is None:
+        return Tokenizer.from_file(tokenizer or small.TOKENIZER)
+    return find_tokenizer(tokenizer, text_encoder)
 
 
 def check_widths(transformer: ChromaTransformer, theirs: int) -> None:

@@ -31,7 +31,17 @@ def register_small_model() -> None:
 
 def choices(category: str) -> list[str]:
     """What a menu of model files offers: the small model that ships, then the user's files."""
-    return [small.LABEL, *folder_paths.get_filename_list(category)]
+    files = [*folder_paths.get_filename_list(category), *gguf_files(category)]
+    return [small.LABEL, *sorted(files, key=str.lower)]
+
+
+def gguf_files(category: str) -> list[str]:
+    """The GGUF files in the folders of a category; ComfyUI's own lists leave them out."""
+    found: set[str] = set()
+    for folder in folder_paths.get_folder_paths(category):
+        names, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
+        found.update(folder_paths.filter_files_extensions(names, [".gguf"]))
+    return list(found.difference(folder_paths.get_filename_list(category)))
 
 
 def one_of(**menus: tuple[str | None, Iterable[str]]) -> bool | str:

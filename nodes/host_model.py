@@ -17,20 +17,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ..chroma.checkpoint import (
-    Kind,
-    check_state,
-    identify,
-    quantisation,
-    read_header,
-    read_transformer,
-)
-from ..chroma.checkpoint.keys import TRANSFORMER_PARTS, belonging
-from ..chroma.checkpoint.reader import Header
+from ..chroma.checkpoint import check_state, read_header, read_transformer
+from ..chroma.checkpoint.read import expanded
+from ..chroma.checkpoint.stored import State
 from ..chroma.config import ChromaConfig
-from ..chroma.errors import CheckpointError
+from ..chroma.quant.layers import place
 from ..chroma.transformer import ChromaTransformer
-from .host import compute_natively, weight_dtype
+from .host import AUTO, compute_natively, weight_dtype
+from .host_quant import HostLinear, QuantPatcher
 from .host_transformer import (
     MEMO,
     HostTransformer,
@@ -125,15 +119,20 @@ class HostConfig(comfy.supported_models.Chroma):
 
 
 def load_model(path: Path, dtype_choice: str) -> ModelPatcher:
-    """A MODEL from any Chroma file that this ComfyUI can compute with. Raises CheckpointError."""
-    header = read_header(path)
-    config = _check(header)
+    """A MODEL from any Chroma file. Raises CheckpointError.
+
+    ComfyUI loads plain weights of the full width, because it streams them in ways of its own. All
+    other files are ours: quantised ones, other widths, other layouts.
+    """
+    config, state = read_transformer(path)
+    with torch.device("meta"):
+        check_state(ChromaTransformer(config), state, path)
     dtype = weight_dtype(dtype_choice, management.get_torch_device())
-    if quantisation(header.tensors) is not None or is_full_width(config):
+    if is_full_width(config) and is_plain(state) and is_canonical(path, state):
         options = {} if dtype is None else {"dtype": dtype}
         patcher = apply_transformer(comfy.sd.load_diffusion_model(str(path), model_options=options))
     else:
-        patcher = build_model(path, dtype)
+        patcher = build_model(path, dtype, dtype_choice != AUTO)
     compute_natively(patcher, dtype)
     return patcher
 
@@ -144,67 +143,41 @@ def is_full_width(config: ChromaConfig) -> bool:
     return config == full
 
 
-def refuse_unreadable(header: Header) -> None:
-    """Raises CheckpointError for a quantised format that this ComfyUI would read as noise."""
-    name = quantisation(header.tensors)
-    mixed = any(tensor.endswith(".comfy_quant") for tensor in header.tensors)
-    mixed = mixed or "_quantization_metadata" in header.metadata
-    if mixed and not hasattr(comfy.utils, "convert_old_quants"):
-        raise CheckpointError(
-            f"{header.path.name} is in {name}, which this ComfyUI cannot read; "
-            "expected bf16 or scaled fp8, so update ComfyUI to 0.4 or later or choose another file"
-        )
+def is_plain(state: State) -> bool:
+    """Whether no matrix is quantised."""
+    return all(isinstance(weight, torch.Tensor) for weight in state.values())
 
 
-def _check(header: Header) -> ChromaConfig:
-    """The model's widths, from a header that is complete. Raises CheckpointError."""
-    kind = identify(header.tensors)
-    if kind is not Kind.CHROMA:
-        raise CheckpointError(
-            f"{header.path.name} is {kind.value}, expected a Chroma transformer; "
-            "choose Chroma1-HD.safetensors or another Chroma file"
-        )
-    refuse_unreadable(header)
-    names = belonging(header.tensors, TRANSFORMER_PARTS)
-    shapes = {short: header.tensors[name] for name, short in names.items()}
-    try:
-        config = ChromaConfig.from_state_dict(shapes)
-    except CheckpointError as error:
-        raise CheckpointError(f"{header.path.name}: {error}") from None
-    with torch.device("meta"):
-        wanted = ChromaTransformer(config).state_dict()
-    if missing := [name for name in wanted if name not in shapes]:
-        raise CheckpointError(
-            f"{header.path.name} lacks {len(missing)} tensors ({missing[0]}, ...); "
-            "it is incomplete, download it again"
-        )
-    return config
+def is_canonical(path: Path, state: State) -> bool:
+    """Whether one safetensors file holds exactly these tensors under these names."""
+    return path.suffix != ".gguf" and read_header(path).tensors.keys() == state.keys()
 
 
 def build_model(
-    path: Path, dtype: torch.dtype | None, disable_dynamic: bool = False
+    path: Path, dtype: torch.dtype | None, expand: bool = False, disable_dynamic: bool = False
 ) -> ModelPatcher:
-    """A MODEL of any width from a file with plain weights. Raises CheckpointError.
+    """A MODEL of any width from any Chroma file. Raises CheckpointError.
 
-    `disable_dynamic` is part of the signature by which ComfyUI asks for a second copy; these
-    models are always held whole.
+    `expand` turns quantised matrices into `dtype`. `disable_dynamic` is part of the signature by
+    which ComfyUI asks for a second copy; these models are always held whole.
     """
     config, state = read_transformer(path)
-    with torch.device("meta"):
-        check_state(ChromaTransformer(config), state, path)
     settings = HostConfig(core_settings(config))
     device, offload = management.get_torch_device(), management.unet_offload_device()
     supported = list(settings.supported_inference_dtypes)
+    floats = {name: weight for name, weight in state.items() if isinstance(weight, torch.Tensor)}
     dtype = dtype or management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(state),
+        model_params=sum(weight.numel() for weight in state.values()),
         supported_dtypes=supported,
-        weight_dtype=comfy.utils.weight_dtype(state),
+        weight_dtype=comfy.utils.weight_dtype(floats) if is_plain(state) else torch.bfloat16,
     )
+    if expand:
+        state = expanded(state, dtype, management.get_free_memory(offload), path)
     settings.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
-    model = settings.get_model(state).to(offload)
-    model.load_model_weights({name: tensor.to(dtype) for name, tensor in state.items()})
-    patcher = ModelPatcher(model.eval().requires_grad_(False), device, offload)
+    model = settings.get_model(state, device=torch.device("meta"))
+    place(model.diffusion_model, state, dtype, HostLinear)
+    patcher = QuantPatcher(model.to(offload).eval().requires_grad_(False), device, offload)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, share_modulation)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (build_model, (path, dtype))
+        patcher.cached_patcher_init = (build_model, (path, dtype, expand))
     return patcher

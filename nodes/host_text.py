@@ -14,18 +14,20 @@ import comfy.sd
 import comfy.text_encoders.t5
 import folder_paths
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..chroma.checkpoint import Kind, check_state, identify, read_header, read_text_encoder
-from ..chroma.checkpoint.keys import T5_PARTS, belonging
+from ..chroma.checkpoint import check_state, read_text_encoder
+from ..chroma.checkpoint.gguf import read_gguf_header
+from ..chroma.checkpoint.read import expanded
 from ..chroma.errors import CheckpointError
+from ..chroma.quant.layers import place
 from ..chroma.text.encoder import PadRule, TextEncoder
+from ..chroma.text.gguf_tokenizer import tokenizer_from_gguf
 from ..chroma.text.t5 import T5Config, T5Encoder
 from ..chroma.text.tokenizer import Tokenizer
 from ..chroma.tiny import files as small
 from .host import DTYPES
-from .host_model import refuse_unreadable
+from .host_quant import HostLinear, QuantPatcher
 
 ROWS, PAD_RULE, LENGTHS = "t5xxl", "chroma_pad_rule", "chroma_lengths"
 XXL_WIDTH = 4096
@@ -171,21 +173,14 @@ def _as_clip(model: HostTextModel, clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
 
 def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
-    """A CLIP from a T5 file: ComfyUI loads T5-XXL, we build others. Raises CheckpointError."""
-    header = read_header(path)
-    kind = identify(header.tensors)
-    if kind is not Kind.T5:
-        raise CheckpointError(
-            f"{path.name} is {kind.value}, expected a T5 text encoder; "
-            "choose t5xxl_fp16.safetensors or another T5 v1.1 XXL file"
-        )
+    """A CLIP from a T5 file: ComfyUI loads plain T5-XXL, we the others. Raises CheckpointError."""
+    config, state = read_text_encoder(path)
+    with torch.device("meta"):
+        check_state(T5Encoder(config), state, path)
     dtype = DTYPES.get(dtype_choice)
-    names = belonging(header.tensors, T5_PARTS)
-    shapes = {short: header.tensors[name].shape for name, short in names.items()}
-    queries = shapes.get("encoder.block.0.layer.0.SelfAttention.q.weight", (0,))
-    if queries[0] != XXL_WIDTH:
+    floats = all(isinstance(weight, Tensor) for weight in state.values())
+    if config.d_model != XXL_WIDTH or not floats or path.suffix == ".gguf":
         return build_clip(path, dtype)
-    refuse_unreadable(header)
     clip = comfy.sd.load_clip(
         [str(path)],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -196,22 +191,35 @@ def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
 
 
 def build_clip(path: Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
-    """A CLIP of any width whose tokenizer.json lies beside it. Raises CheckpointError."""
+    """A CLIP of any width and format. Raises CheckpointError.
+
+    Its tokenizer is a tokenizer.json beside the file, else T5's own or the one in a GGUF file.
+    """
     config, state = read_text_encoder(path)
-    with torch.device("meta"):
-        check_state(T5Encoder(config), state, path)
     device, offload = management.text_encoder_device(), management.text_encoder_offload_device()
+    if dtype is not None:
+        state = expanded(state, dtype, management.get_free_memory(offload), path)
     dtype = dtype or torch.float32
     holder = nn.Module()
-    holder.transformer = T5Encoder(config, comfy.ops.manual_cast, device=offload, dtype=dtype)
-    holder.transformer.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
-    beside = path.with_name("tokenizer.json")
-    tokenizer = Tokenizer.from_file(beside if beside.exists() else small.TOKENIZER)
-    model = HostTextModel(holder.eval().requires_grad_(False), tokenizer, device)
+    meta = torch.device("meta")
+    holder.transformer = T5Encoder(config, comfy.ops.manual_cast, device=meta, dtype=dtype)
+    place(holder.transformer, state, dtype, HostLinear)
+    model = HostTextModel(holder.eval().requires_grad_(False), _tokenizer(path, config), device)
     clip = comfy.sd.CLIP(no_init=True)
-    clip.patcher = ModelPatcher(model, device, offload)
+    clip.patcher = QuantPatcher(model.to(offload), device, offload)
     clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
     clip.patcher.is_clip = True
     clip.layer_idx, clip.apply_hooks_to_conds = None, None
     clip.tokenizer_options, clip.use_clip_schedule = {}, False
     return _as_clip(model, clip)
+
+
+def _tokenizer(path: Path, config: T5Config) -> Tokenizer:
+    beside = path.with_name("tokenizer.json")
+    if beside.exists():
+        return Tokenizer.from_file(beside)
+    if config.d_model == XXL_WIDTH:
+        return t5_tokenizer()
+    if path.suffix == ".gguf":
+        return tokenizer_from_gguf(read_gguf_header(path))
+    return Tokenizer.from_file(small.TOKENIZER)

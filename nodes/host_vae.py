@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ..chroma.autoencoder import SPATIAL_FACTOR, Autoencoder, AutoencoderConfig
 from ..chroma.checkpoint import Kind, check_state, identify, read_autoencoder, read_header
-from ..chroma.checkpoint.keys import AUTOENCODER_PARTS, belonging
-from ..chroma.errors import CheckpointError
 
 # Bytes of activations per value of a 128-channel autoencoder's picture: what ComfyUI assumes.
 ENCODE_BYTES, DECODE_BYTES = 1767, 2178
@@ -60,18 +58,13 @@ class HostVAE(comfy.sd.VAE):
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """A VAE from a Flux autoencoder of any width. Raises CheckpointError."""
-    header = read_header(path)
-    kind = identify(header.tensors)
-    if kind is Kind.AUTOENCODER_DIFFUSERS:
-        return _core_vae(path)
-    if kind is not Kind.AUTOENCODER:
-        raise CheckpointError(
-            f"{path.name} is {kind.value}, expected the autoencoder of Flux; choose ae.safetensors"
-        )
-    names = belonging(header.tensors, AUTOENCODER_PARTS)
-    shapes = {short: header.tensors[name] for name, short in names.items()}
-    if AutoencoderConfig.from_state_dict(shapes) == AutoencoderConfig():
-        return _core_vae(path)
+    config, state = read_autoencoder(path)
+    with torch.device("meta"):
+        check_state(Autoencoder(config), state, path)
+    if config == AutoencoderConfig() and path.suffix != ".gguf":
+        header = read_header(path)
+        if identify(header.tensors) in (Kind.AUTOENCODER, Kind.AUTOENCODER_DIFFUSERS):
+            return _core_vae(path)
     return build_vae(path)
 
 

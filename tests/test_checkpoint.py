@@ -15,6 +15,7 @@ from chroma_nodes.chroma.checkpoint import (
     read_header,
 )
 from chroma_nodes.chroma.errors import CheckpointError
+from chroma_nodes.chroma.quant.layers import QuantEmbedding
 from chroma_nodes.chroma.text.t5 import T5Config, T5Encoder
 from oracles import SMALL, diffusers_state, random_transformer
 from safetensors.torch import save_file
@@ -142,7 +143,7 @@ def test_each_loader_takes_its_own_part_of_a_full_checkpoint(tmp_path, state):
     quantised = "text_encoders.t5xxl.transformer.shared.weight"
     save_file(parts | {quantised: t5["shared.weight"].to(torch.float8_e4m3fn)}, path)
     assert load_transformer(path).config == SMALL
-    assert "full.safetensors is in fp8" in error_of(load_text_encoder, path)
+    assert isinstance(load_text_encoder(path).shared, QuantEmbedding)
 
 
 def test_an_autoencoder_with_other_latents_is_refused(tmp_path):
@@ -167,12 +168,6 @@ def test_a_whole_radiance_is_not_taken_for_chroma(tmp_path, state):
     path = tmp_path / "radiance.safetensors"
     save_file({**state, "nerf_blocks.0.norm.scale": torch.ones(1)}, path)
     assert "is a Chroma1-Radiance transformer, expected" in error_of(load_transformer, path)
-
-
-def test_one_shard_of_several_is_named(tmp_path, state):
-    path = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
-    save_file(state, path)
-    assert "is part 1 of 2 of a model" in error_of(load_transformer, path)
 
 
 def test_mixed_dtypes_become_that_of_most_weights(tmp_path, state):
@@ -219,23 +214,10 @@ def test_missing_extra_misshapen_and_non_finite_tensors(tmp_path, state):
         assert "single_blocks.2.linear2.weight holds NaN or infinity" in found
 
 
-def test_quantised_files_are_named(tmp_path, state):
-    path = tmp_path / "chroma.safetensors"
-    for change, says in (
-        ({"img_in.scale_weight": torch.ones(1)}, "scaled fp8"),
-        ({"double_blocks.0.img_attn.qkv.comfy_quant": torch.zeros(2)}, "comfy_quant"),
-        ({"img_in.weight": state["img_in.weight"].to(torch.float8_e4m3fn)}, "in fp8"),
-        ({"img_in.weight": state["img_in.weight"].to(torch.int8)}, "integers"),
-    ):
-        save_file({**state, **change}, path)
-        message = error_of(load_transformer, path)
-        assert says in message and "expected bf16, fp16 or fp32" in message
-
-
 def test_pickles_and_other_formats_are_refused_unopened(tmp_path):
     for name, says in (
         ("x.ckpt", "pickle"), ("x.pt", "pickle"), ("x.pth", "pickle"), ("x.bin", "pickle"),
-        ("x.gguf", "GGUF"), ("x.txt", "not a model file"), ("x.safetensors", "does not exist"),
+        ("x.gguf", "does not exist"), ("x.txt", "not a model file"), ("x.safetensors", "does not exist"),
     ):  # fmt: skip
         assert says in error_of(load_transformer, tmp_path / name)
 

@@ -499,18 +499,6 @@ def test_a_file_of_the_published_width_is_loaded_by_comfyui(tmp_path, monkeypatc
     assert isinstance(model.get_model_object("diffusion_model"), HostTransformer)
 
 
-def test_mixed_quantisation_is_refused_where_comfyui_would_make_noise_of_it(tmp_path, monkeypatch):
-    tensors = full_width_tensors()
-    for name in [n for n in tensors if n.endswith("qkv.weight")]:
-        layer = name.removesuffix("weight")
-        tensors[name] = ("F8_E4M3", tensors[name][1])
-        tensors |= {layer + "weight_scale": ("F32", (1,)), layer + "comfy_quant": ("U8", (28,))}
-    header_only(tmp_path / "fp8mixed.safetensors", tensors)
-    monkeypatch.delattr(comfy.utils, "convert_old_quants", raising=False)
-    with pytest.raises(CheckpointError, match=r"fp8mixed.*this ComfyUI cannot read; expected bf16"):
-        load_model(tmp_path / "fp8mixed.safetensors", "auto")
-
-
 def test_damaged_and_foreign_files_are_refused(files, tmp_path):
     whole = files["diffusion_models"].read_bytes()
     cut = tmp_path / "cut.safetensors"

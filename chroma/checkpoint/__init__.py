@@ -1,27 +1,21 @@
 """Any published file to (config, canonical state dict), and to a ready module."""
 
-from .identify import Kind, identify, quantisation
-from .load import (
-    check_state,
-    fill,
-    load_autoencoder,
-    load_text_encoder,
-    load_transformer,
-    read_autoencoder,
-    read_text_encoder,
-    read_transformer,
-)
+from .check import check_state
+from .container import open_checkpoint
+from .identify import Kind, identify
+from .load import load_autoencoder, load_text_encoder, load_transformer
+from .read import find_model, read_autoencoder, read_text_encoder, read_transformer
 from .reader import read_header
 
 __all__ = [
     "Kind",
     "check_state",
-    "fill",
+    "find_model",
     "identify",
     "load_autoencoder",
     "load_text_encoder",
     "load_transformer",
-    "quantisation",
+    "open_checkpoint",
     "read_autoencoder",
     "read_header",
     "read_text_encoder",

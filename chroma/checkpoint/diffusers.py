@@ -12,6 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..quant.tensor import QuantTensor, concatenate
+from .stored import State, Weight
+
 # (their name, our name, which part of the fused matrix it is, of how many), tried in this order.
 _TRANSFORMER: tuple[tuple[str, str, int, int], ...] = (
     (r"single_transformer_blocks\.(\d+)\.attn\.to_q\.", r"single_blocks.\1.linear1.", 0, 4),
@@ -68,24 +71,32 @@ _AUTOENCODER = (
 _DECODER_LEVEL = re.compile(r"decoder\.up\.(\d+)\.")
 
 
-def transformer_from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def transformer_from_diffusers(state: State) -> State:
     """Chroma's transformer under the original names; fused matrices are joined copies.
 
     A fused matrix of which a part is missing is left out; names that are not known stay as they
-    are. Raises RuntimeError if parts that belong together differ in width.
+    are. Raises RuntimeError or ValueError if parts that belong together differ in width or format.
     """
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, dict[int, Weight]] = {}
     counts: dict[str, int] = {}
     for name, tensor in state.items():
         target, part, count = _place(name)
         parts.setdefault(target, {})[part] = tensor
         counts[target] = count
-    out = {}
+    out: State = {}
     for target, found in parts.items():
         if len(found) == counts[target]:
             rows = [found[part] for part in sorted(found)]
-            out[target] = rows[0] if len(rows) == 1 else torch.cat(rows)
+            out[target] = rows[0] if len(rows) == 1 else _join(rows)
     return out
+
+
+def _join(rows: list[Weight]) -> Weight:
+    matrices = [row for row in rows if isinstance(row, QuantTensor)]
+    if len(matrices) == len(rows):
+        return concatenate(matrices)
+    whole = (r.dequantise(torch.bfloat16) if isinstance(r, QuantTensor) else r for r in rows)
+    return torch.cat(list(whole))
 
 
 def _place(name: str) -> tuple[str, int, int]:

@@ -6,7 +6,6 @@ Format: 8 bytes little-endian header length, JSON {name: {dtype, shape, data_off
 
 import json
 import math
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ BITS = {
 # No model has more axes; without a bound, multiplying a lying shape could take hours.
 MAX_AXES = 8
 MAX_NAME = 500
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 
 @dataclass(frozen=True)
@@ -122,17 +120,9 @@ def _check_name(path: Path) -> None:
             f"{path.name} is a pickle file, which can run code when opened; "
             "expected .safetensors, so convert it or download that version"
         )
-    if suffix == ".gguf":
-        raise CheckpointError(
-            f"{path.name} is a GGUF file, which this version does not read; expected .safetensors, "
-            "so choose the model's bf16 safetensors file"
-        )
     if suffix not in SUFFIXES:
-        raise CheckpointError(f"{path.name} is not a model file; expected {' or '.join(SUFFIXES)}")
-    if match := _SHARD.search(path.stem):
         raise CheckpointError(
-            f"{path.name} is part {int(match[1])} of {int(match[2])} of a model; expected a model "
-            "in one file, so choose its single-file version"
+            f"{path.name} is not a model file; expected {', '.join(SUFFIXES)} or .gguf"
         )
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the name and the folder")

@@ -10,7 +10,7 @@ from ..devices import best_dtype
 from ..errors import WorkflowError
 from ..presets import PRESETS
 from ..text.encoder import PadRule, TextEncoder
-from ..text.tokenizer import Tokenizer
+from ..text.find_tokenizer import find_tokenizer
 from ..tiny import files as small
 from .schema import Input, NodeType
 from .values import Context, Model
@@ -30,7 +30,8 @@ def _dtype(context: Context, choice: str) -> torch.dtype:
 def load_model(context: Context, model_name: str, weight_dtype: str):
     path = context.locate("diffusion_models", model_name)
     dtype = _dtype(context, weight_dtype)
-    return (Model(load_transformer(path, dtype=dtype, device=context.device)),)
+    expand = weight_dtype != "auto"
+    return (Model(load_transformer(path, dtype=dtype, device=context.device, expand=expand)),)
 
 
 def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
@@ -40,14 +41,15 @@ def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
     tokenizer = context.files.get(
         ("text_encoders", "tokenizer.json"), small.TOKENIZER if is_small else beside
     )
-    if not tokenizer.is_file():
+    if not tokenizer.is_file() and path.suffix.lower() != ".gguf":
         raise WorkflowError(
             f"{path.name} needs its tokenizer and {tokenizer} does not exist; "
             "put T5's tokenizer.json there"
         )
     dtype = _dtype(context, weight_dtype)
-    model = load_text_encoder(path, dtype=dtype, device=context.device)
-    return (TextEncoder(Tokenizer.from_file(tokenizer), model),)
+    expand = weight_dtype != "auto"
+    model = load_text_encoder(path, dtype=dtype, device=context.device, expand=expand)
+    return (TextEncoder(find_tokenizer(tokenizer, path), model),)
 
 
 def load_vae(context: Context, vae_name: str):

@@ -1,0 +1,62 @@
+"""GGUF's formats of 32 columns to a block: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
+
+Layouts: ggml-org/ggml, `ggml-common.h`; d and m are fp16. Values are exact products in fp32.
+Shapes: R rows, n blocks in a row.
+"""
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+
+
+def halves(blocks: Tensor, start: int) -> Tensor:
+    """The fp16 number at byte `start` of every block (R, n, bytes), as fp32 (R, n, 1)."""
+    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
+
+
+def nibbles(data: Tensor) -> Tensor:
+    """(..., 16) bytes to (..., 32) numbers 0..15: all low halves, then all high ones."""
+    return torch.cat([data & 15, data >> 4], dim=-1)
+
+
+def fifth_bits(blocks: Tensor, start: int) -> Tensor:
+    """The 32 bits at byte `start` of every block, lowest first, as 16 or 0, (R, n, 32) uint8."""
+    data = blocks[..., start : start + 4, None]
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    return ((data >> places) & 1).flatten(-2) << 4
+
+
+def decode_q8_0(data: Tensor, _: Tensor | None) -> Tensor:
+    """d q: d[2], q int8[32]."""
+    blocks = data.view(len(data), -1, 34)
+    values = blocks[..., 2:].view(torch.int8).to(torch.float32)
+    return values.mul_(halves(blocks, 0)).flatten(1)
+
+
+def decode_q4_0(data: Tensor, _: Tensor | None) -> Tensor:
+    """d (q - 8): d[2], q nibbles[16]."""
+    blocks = data.view(len(data), -1, 18)
+    values = nibbles(blocks[..., 2:]).to(torch.float32).sub_(8)
+    return values.mul_(halves(blocks, 0)).flatten(1)
+
+
+def decode_q4_1(data: Tensor, _: Tensor | None) -> Tensor:
+    """d q + m: d[2], m[2], q nibbles[16]."""
+    blocks = data.view(len(data), -1, 20)
+    values = nibbles(blocks[..., 4:]).to(torch.float32)
+    return values.mul_(halves(blocks, 0)).add_(halves(blocks, 2)).flatten(1)
+
+
+def decode_q5_0(data: Tensor, _: Tensor | None) -> Tensor:
+    """d (q - 16): d[2], fifth bits[4], low nibbles[16]."""
+    blocks = data.view(len(data), -1, 22)
+    q = nibbles(blocks[..., 6:]) | fifth_bits(blocks, 2)
+    return q.to(torch.float32).sub_(16).mul_(halves(blocks, 0)).flatten(1)
+
+
+def decode_q5_1(data: Tensor, _: Tensor | None) -> Tensor:
+    """d q + m: d[2], m[2], fifth bits[4], low nibbles[16]."""
+    blocks = data.view(len(data), -1, 24)
+    q = nibbles(blocks[..., 8:]) | fifth_bits(blocks, 4)
+    return q.to(torch.float32).mul_(halves(blocks, 0)).add_(halves(blocks, 2)).flatten(1)

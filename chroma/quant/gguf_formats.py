@@ -1,0 +1,46 @@
+"""GGUF's block formats by ggml's names."""
+
+from functools import partial
+
+import gguf
+import torch
+from torch import Tensor
+
+from .gguf_blocks import decode_q4_0, decode_q4_1, decode_q5_0, decode_q5_1, decode_q8_0
+from .gguf_k import decode_q4_k, decode_q5_k, decode_q6_k
+from .tensor import Decode, Format
+
+_OURS: dict[str, Decode] = {
+    "Q8_0": decode_q8_0,
+    "Q4_0": decode_q4_0,
+    "Q4_1": decode_q4_1,
+    "Q5_0": decode_q5_0,
+    "Q5_1": decode_q5_1,
+    "Q4_K": decode_q4_k,
+    "Q5_K": decode_q5_k,
+    "Q6_K": decode_q6_k,
+}
+# Rarer ones, which the gguf package decodes on the CPU.
+_THEIRS = (
+    "Q2_K", "Q3_K", "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL",
+    "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
+
+
+def _decode_by_package(kind: gguf.GGMLQuantizationType, data: Tensor, _: Tensor | None) -> Tensor:
+    values = gguf.quants.dequantize(data.cpu().numpy(), kind)
+    return torch.from_numpy(values).to(data.device)
+
+
+def _formats() -> dict[str, Format]:
+    formats = {}
+    for name in (*_OURS, *_THEIRS):
+        kind = getattr(gguf.GGMLQuantizationType, name, None)
+        if kind is not None:  # older releases of the package know fewer
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            decode = _OURS.get(name) or partial(_decode_by_package, kind)
+            formats[name] = Format(name, torch.uint8, decode, block, size)
+    return formats
+
+
+GGUF_FORMATS = _formats()

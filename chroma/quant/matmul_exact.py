@@ -1,0 +1,82 @@
+"""Products with a stored matrix, equal to those with its values written out in the input's dtype.
+
+Shapes: N output features, K input features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tensor import QuantTensor
+
+
+class Scratch:
+    """Room for one expanded matrix per device and dtype, used again by every layer of a model.
+
+    A matrix lives in it only from its expansion to the product that follows, so one thread and one
+    stream at a time may use it. Fresh pages cost more than the expansion itself on CPUs.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised (N, K) tensor that overlaps every other one taken from here."""
+        size = shape[0] * shape[1]
+        buffer = self._buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < size:
+            self._buffers.pop((device, dtype), None)  # freed before the larger one is asked for
+            with torch.inference_mode(False):  # or a backward pass could not use it later
+                buffer = torch.empty(size, dtype=dtype, device=device)
+            self._buffers[device, dtype] = buffer
+        return buffer[:size].view(shape)
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()
+
+
+def linear(
+    x: Tensor, weight: QuantTensor, bias: Tensor | None, scratch: Scratch | None = None
+) -> Tensor:
+    """`F.linear(x, weight.dequantise(x.dtype), bias)` to the last bit, (..., K) -> (..., N).
+
+    The expanded matrix is not kept for a backward pass but expanded again.
+    """
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        return _Product.apply(x, bias, weight, scratch)  # pyright: ignore[reportReturnType]
+    return F.linear(x, _expand(weight, x.dtype, scratch), bias)
+
+
+def _expand(weight: QuantTensor, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    if scratch is None:
+        return weight.dequantise(dtype)
+    with torch.no_grad():
+        return weight.dequantise(dtype, scratch.take(weight.shape, dtype, weight.data.device))
+
+
+class _Product(torch.autograd.Function):
+    """The product for training adapters beside frozen stored matrices."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: QuantTensor, scratch: Scratch | None
+    ) -> Tensor:
+        ctx.weight, ctx.scratch = weight, scratch
+        return F.linear(x, _expand(weight, x.dtype, scratch), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = grad @ _expand(ctx.weight, grad.dtype, ctx.scratch)
+        if ctx.needs_input_grad[1]:
+            bias_grad = grad.flatten(0, -2).sum(0)
+        return x_grad, bias_grad, None, None
