@@ -8,7 +8,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from chroma_nodes.chroma.checkpoint import quantise, recipe
+from chroma_nodes.chroma.checkpoint import (
+    quantise,
+    read_text_encoder,
+    read_transformer,
+    recipe,
+)
 from chroma_nodes.chroma.checkpoint.atomic import replacing
 from chroma_nodes.chroma.checkpoint.calibration import save_calibration
 from chroma_nodes.chroma.checkpoint.identify import Kind
@@ -18,6 +23,7 @@ from chroma_nodes.chroma.checkpoint.recipe import Recipe, plan
 from chroma_nodes.chroma.checkpoint.write_gguf import write_gguf
 from chroma_nodes.chroma.checkpoint.write_safetensors import write_safetensors
 from chroma_nodes.chroma.errors import CheckpointError, ChromaError
+from chroma_nodes.chroma.quant.tensor import QuantTensor
 from chroma_nodes.chroma.tiny import files
 from oracles import diffusers_state, random_transformer
 from safetensors import safe_open
@@ -230,6 +236,32 @@ def test_calibration_lowers_the_output_error(tmp_path):
             quantise_file(files.TRANSFORMER, "fp8-learned", out, calibration=wrong)
     with pytest.raises(ChromaError, match="needs no calibration"):
         quantise_file(files.TRANSFORMER, "q8_0", tmp_path / "x.gguf", calibration={layer: x})
+
+
+@pytest.mark.parametrize("target", recipe.TARGETS)
+@pytest.mark.parametrize("model", [files.TRANSFORMER, files.TEXT_ENCODER])
+def test_what_is_made_is_read_here(tmp_path, target, model):
+    out = tmp_path / ("x.gguf" if target in recipe.GGUF_TARGETS else "x.safetensors")
+    quantise_file(model, target, out)
+    read = read_transformer if model is files.TRANSFORMER else read_text_encoder
+    config, state = read(out)
+    exact_config, exact = read(model)
+    assert config == exact_config and state.keys() == exact.keys()
+    for name, tensor in exact.items():
+        values = state[name]
+        if isinstance(values, QuantTensor):
+            values = values.dequantise(torch.float32)
+        assert relative(values, tensor) < 0.1, name
+
+
+def test_gguf_can_be_the_source(tmp_path):
+    middle, direct, out = (tmp_path / n for n in ("m.gguf", "d.safetensors", "o.safetensors"))
+    quantise_file(files.TEXT_ENCODER, "bf16", middle)
+    quantise_file(middle, "int8", out)
+    quantise_file(files.TEXT_ENCODER, "int8", direct)
+    found, expected = load_file(out), load_file(direct)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n].float(), t.float()) for n, t in expected.items())
 
 
 def interrupt(after):

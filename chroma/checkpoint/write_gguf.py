@@ -8,8 +8,10 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+from gguf import GGML_QUANT_SIZES
 
 from .atomic import replacing
 from .reader import TensorInfo
@@ -20,8 +22,7 @@ _VERSION = 3
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 
 
-@dataclass(frozen=True)
-class GGMLType:
+class GGMLType(NamedTuple):
     """A type's number in the file; `block` values of a row take `block_bytes` bytes."""
 
     number: int
@@ -29,20 +30,7 @@ class GGMLType:
     block_bytes: int
 
 
-# ggml-org/ggml, include/ggml.h (enum ggml_type) and src/ggml-common.h (the blocks).
-TYPES = {
-    "F32": GGMLType(0, 1, 4),
-    "F16": GGMLType(1, 1, 2),
-    "Q4_0": GGMLType(2, 32, 18),
-    "Q4_1": GGMLType(3, 32, 20),
-    "Q5_0": GGMLType(6, 32, 22),
-    "Q5_1": GGMLType(7, 32, 24),
-    "Q8_0": GGMLType(8, 32, 34),
-    "Q4_K": GGMLType(12, 256, 144),
-    "Q5_K": GGMLType(13, 256, 176),
-    "Q6_K": GGMLType(14, 256, 210),
-    "BF16": GGMLType(30, 1, 2),
-}
+TYPES = {kind.name: GGMLType(int(kind), *size) for kind, size in GGML_QUANT_SIZES.items()}
 
 
 def stored_bytes(info: TensorInfo) -> int:
