@@ -126,7 +126,8 @@ def gguf_file(
 def llama_name(name: str) -> str:
     """Hugging Face's name of a T5 tensor in llama.cpp's spelling."""
     for ours, theirs in (
-        ("encoder.block.", "enc.blk."), ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+        ("encoder.block.", "enc.blk."),
+        ("layer.0.SelfAttention.relative_attention_bias", "attn_rel_b"),
         ("layer.0.SelfAttention.", "attn_"), ("layer.0.layer_norm", "attn_norm"),
         ("layer.1.layer_norm", "ffn_norm"), ("layer.1.DenseReluDense.wi_0", "ffn_gate"),
         ("layer.1.DenseReluDense.wi_1", "ffn_up"), ("layer.1.DenseReluDense.wo", "ffn_down"),

@@ -217,7 +217,8 @@ def test_missing_extra_misshapen_and_non_finite_tensors(tmp_path, state):
 def test_pickles_and_other_formats_are_refused_unopened(tmp_path):
     for name, says in (
         ("x.ckpt", "pickle"), ("x.pt", "pickle"), ("x.pth", "pickle"), ("x.bin", "pickle"),
-        ("x.gguf", "does not exist"), ("x.txt", "not a model file"), ("x.safetensors", "does not exist"),
+        ("x.gguf", "does not exist"),
+        ("x.txt", "not a model file"), ("x.safetensors", "does not exist"),
     ):  # fmt: skip
         assert says in error_of(load_transformer, tmp_path / name)
 

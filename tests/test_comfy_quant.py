@@ -174,7 +174,7 @@ def test_a_quantised_text_encoder(tmp_path, name):
     (tmp_path / "tokenizer.json").write_bytes(host_text.small.TOKENIZER.read_bytes())
     clip = host_text.load_clip(path, "auto")
     tokens = clip.tokenize("a flat emoji of an apple")
-    (hidden, _), = clip.encode_from_tokens_scheduled(tokens)
+    ((hidden, _),) = clip.encode_from_tokens_scheduled(tokens)
     model = T5Encoder(T5)
     model.load_state_dict(meant)
     encoder = dataclasses.replace(clip.cond_stage_model.encoder, model=model.eval())

@@ -389,13 +389,14 @@ def test_the_autoencoder_of_flux_is_left_to_comfyui(files, monkeypatch):
     taken = []
     monkeypatch.setattr(host_vae, "_core_vae", taken.append)
     flux = AutoencoderConfig()
-    monkeypatch.setattr(AutoencoderConfig, "from_state_dict", classmethod(lambda cls, state: flux))
+    monkeypatch.setattr(host_vae, "read_autoencoder", lambda path: (flux, {}))
+    monkeypatch.setattr(host_vae, "check_state", lambda model, state, path: None)
     host_vae.load_vae(files["vae"])
     assert taken == [files["vae"]]
 
 
 def test_other_files_are_no_vae(files):
-    with pytest.raises(CheckpointError, match="expected the autoencoder of Flux"):
+    with pytest.raises(CheckpointError, match="expected a Flux autoencoder"):
         host_vae.load_vae(files["diffusion_models"])
 
 

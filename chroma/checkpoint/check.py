@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..quant.finite import all_finite
-from ..quant.tensor import QuantTensor
 from .stored import State
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

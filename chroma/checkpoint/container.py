@@ -14,7 +14,7 @@ from ..quant.gguf_formats import GGUF_FORMATS
 from ..quant.tensor import QuantTensor
 from .gguf import GGUFHeader, map_tensors, read_gguf_header, t5_name
 from .reader import Header, TensorInfo, read_header, read_tensors
-from .stored import State, assemble, is_marker, weight_only
+from .stored import State, assemble, marked, weight_only
 
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})$")
 # The files that diffusers' and transformers' folders hold, in the order they are looked for.
@@ -29,7 +29,8 @@ _FOLDER_FILES = (
 class Checkpoint(Protocol):
     """The tensors of a model file by name, and how to get them."""
 
-    path: Path
+    @property
+    def path(self) -> Path: ...
 
     @property
     def tensors(self) -> dict[str, TensorInfo]: ...
@@ -64,8 +65,8 @@ class SafetensorsCheckpoint:
             wanted = {old: new for old, new in names.items() if old in part.tensors}
             tensors |= read_tensors(part, wanted)
             stems = {old.removesuffix(new) for old, new in wanted.items()}
-            found = {n: n for n in part.tensors if is_marker(n) and n[: -len("scaled_fp8")] in stems}
-            markers |= read_tensors(part, found)
+            found = [name for name in part.tensors if marked(name) in stems]
+            markers |= read_tensors(part, dict(zip(found, found, strict=True)))
         try:
             return assemble(tensors, self.metadata, weight_only(markers))
         except CheckpointError as error:

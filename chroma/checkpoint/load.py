@@ -103,9 +103,9 @@ def fill(
 
 def main_dtype(state: State) -> torch.dtype:
     """The float that most of the plain weights are in; bf16 where the matrices are quantised."""
-    if any(isinstance(weight, QuantTensor) for weight in state.values()):
-        return torch.bfloat16
     sizes: Counter[torch.dtype] = Counter()
     for weight in state.values():
+        if isinstance(weight, QuantTensor):
+            return torch.bfloat16
         sizes[weight.dtype] += weight.numel()
     return sizes.most_common(1)[0][0]

@@ -64,9 +64,10 @@ def weight_only(markers: Mapping[str, Tensor]) -> bool:
     return any(marker.numel() == 2 for marker in markers.values())
 
 
-def is_marker(name: str) -> bool:
-    """Whether a tensor is a file's `scaled_fp8` marker."""
-    return name == _MARKER or name.endswith(f".{_MARKER}")
+def marked(name: str) -> str | None:
+    """The prefix of the model that a `scaled_fp8` marker is about; None for any other tensor."""
+    is_marker = name == _MARKER or name.endswith(f".{_MARKER}")
+    return name.removesuffix(_MARKER) if is_marker else None
 
 
 def assemble(
@@ -79,15 +80,16 @@ def assemble(
     """
     stated = layer_settings(metadata)
     side: dict[str, dict[str, Tensor]] = {}
-    state: State = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for suffix in SIDE_TENSORS:
             if name.endswith(suffix):
                 side.setdefault(name.removesuffix(suffix), {})[suffix] = tensor
                 break
         else:
-            state[name] = tensor
-    for name, tensor in state.items():
+            weights[name] = tensor
+    state: State = {}
+    for name, tensor in weights.items():
         layer = name.removesuffix(".weight")
         given = side.pop(layer, {}) if name.endswith(".weight") else {}
         settings = stated.get(layer) or _settings_of(layer, given)
@@ -129,8 +131,9 @@ def _weight(
     stored = FORMATS.get(tensor.dtype)
     if stored is None:
         # Core would take a marked layer for fp8 even so; its scale is then 1.
-        scaled = scale is not None and not bool((scale == 1).all())
-        return tensor.float().mul_(scale).to(tensor.dtype) if scaled else tensor
+        if scale is None or bool((scale == 1).all()):
+            return tensor
+        return tensor.float().mul_(scale).to(tensor.dtype)
     if stated is not None and stated not in _READ:
         raise CheckpointError(
             f"{name} is in {stated}, which is not read here; expected fp8 or int8 with one scale "
@@ -142,7 +145,7 @@ def _weight(
             "choose a version of the model without it"
         )
     if stored is INT8 and scale is None:
-        raise CheckpointError(f"{name} is int8 without a scale; choose another version of the model")
+        raise CheckpointError(f"{name} is int8 without a scale; choose another version of it")
     if tensor.ndim != 2:
         values = stored.decode(tensor.view(stored.dtype), scale)
         return values.to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """GGUF's formats of 256 columns to a block with scales of their own inside: Q4_K, Q5_K, Q6_K.
 
-Layouts: ggml-org/ggml, `ggml-common.h`. Values are exact in fp32. Shapes: R rows, n blocks in a row.
+Layouts: ggml-org/ggml, `ggml-common.h`. Values are exact in fp32.
+Shapes: R rows, n blocks in a row.
 """
 
 import torch
@@ -40,7 +41,10 @@ def decode_q4_k(data: Tensor, _: Tensor | None) -> Tensor:
 
 
 def decode_q5_k(data: Tensor, _: Tensor | None) -> Tensor:
-    """d[2], dmin[2], scales[12], fifth bits[32] (bit j of byte i is for column 32 j + i), low[128]."""
+    """d[2], dmin[2], scales[12], fifth bits[32], low nibbles[128].
+
+    Bit j of byte i of the fifth bits is for column 32 j + i.
+    """
     blocks = data.view(len(data), -1, 176)
     places = torch.arange(8, dtype=torch.uint8, device=data.device)[:, None]
     high = ((blocks[..., None, 16:48] >> places) & 1) << 4

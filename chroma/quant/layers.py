@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from .matmul_exact import Scratch, linear
 from .tensor import QuantTensor
 
-
 MakeLinear = Callable[[QuantTensor, Tensor | None, Scratch], nn.Module]
 
 

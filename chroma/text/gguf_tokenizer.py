@@ -38,7 +38,7 @@ def tokenizer_from_gguf(header: GGUFHeader) -> Tokenizer:
         models.Unigram(list(zip(tokens, scores.tolist(), strict=True)), _unknown_id(header, types))
     )
     backend.normalizer = _normaliser(header)
-    prefix = "first" if header.metadata.get(_KEY + "add_space_prefix", True) else "never"
+    prefix = "always" if header.metadata.get(_KEY + "add_space_prefix", True) else "never"
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix)
     backend.decoder = decoders.Metaspace(prepend_scheme=prefix)
     special = [AddedToken(tokens[i], normalized=False) for i in np.flatnonzero(~typeable)]

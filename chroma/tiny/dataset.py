@@ -42,7 +42,7 @@ POSITIONS = {
     "bottom right": (1.0, 1.0),
 }
 MARGIN = 4
-# Share of training pictures that are large and centred, where the emoji itself is all there is to learn.
+# Share of the pictures that are large and centred, where the emoji is all there is to learn.
 CENTRED = 0.75
 SUBGROUPS = (
     "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine",
