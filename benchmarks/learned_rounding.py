@@ -59,21 +59,23 @@ def _components(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def component_greedy(x: Tensor, generator: torch.Generator, iterations: int = 250) -> Tensor:
-    """Codes after single weights were moved by 1 against the error of the first component.
+    """Codes after single weights were moved against the error of the first component, u^T E v.
 
-    Each iteration takes the element whose error adds most to |u^T E v|, then casts again.
+    Each iteration moves the element that adds most to it to its other neighbour. The script moves
+    by 1, which the cast undoes where codes are further apart; here every move counts, so this may
+    differ from rounding to nearest by more than the script does.
     """
     u, v = _components(x)
-    q = _nearest(x)
-    share = (x - q) * u[:, None] * v
+    codes = to_e4m3(x)
+    error = x - codes.view(torch.float8_e4m3fn).float()
+    share = error * u[:, None] * v
     for _ in range(iterations):
-        total = share.sum()
-        at = int((share * total.sign()).argmax())
-        row, column = divmod(at, x.shape[1])
-        moved = q[row, column] + (x[row, column] - q[row, column]).sign()
-        q[row, column] = _nearest(moved[None])[0]
-        share[row, column] = (x[row, column] - q[row, column]) * u[row] * v[column]
-    return to_e4m3(q)
+        row, column = divmod(int((share * share.sum().sign()).argmax()), x.shape[1])
+        grows = bool(error[row, column].sign() == x[row, column].sign())
+        codes[row, column] += 1 if grows else -1
+        value = codes[row, column].view(torch.float8_e4m3fn).float()
+        share[row, column] = (x[row, column] - value) * u[row] * v[column]
+    return codes
 
 
 def component_gradient(x: Tensor, generator: torch.Generator, iterations: int = 500) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `chroma-nodes generate` and `chroma-nodes run`."""
+"""The command line: `chroma-nodes generate`, `run`, `quantize`, `inspect`."""
 
 import argparse
 import logging
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from .cli_files import add_file_commands
 from .devices import best_device
 from .errors import CheckpointError, ChromaError, ImageError, SamplingError
 from .pipeline import Settings
@@ -50,13 +51,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--models", type=Path, default=Path("models"), metavar="DIR")
     run.add_argument("--input", type=Path, metavar="DIR", help="else inputs beside the workflow")
     generate.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of weights")
-    for command in (generate, run):
+    generate.set_defaults(function=generate_picture)
+    run.set_defaults(function=run_workflow)
+    quantize = add_file_commands(commands)
+    for command in (generate, run, quantize):
         command.add_argument("--device", help="for instance cpu; else what torch finds")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 
 
-def run(args: argparse.Namespace) -> list[Path]:
+def run_workflow(args: argparse.Namespace) -> list[Path]:
     """Execute a workflow file; the pictures it saved."""
     prompt = apply_overrides(read_prompt(args.workflow), args.set)
     inputs = args.input or args.workflow.parent / "inputs"
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     return _execute(context)
 
 
-def generate(args: argparse.Namespace) -> list[Path]:
+def generate_picture(args: argparse.Namespace) -> list[Path]:
     """Build the graph of one text-to-image run and execute it."""
     if args.out.suffix.lower() != ".png":
         raise ImageError(f"--out {args.out}: expected a name ending in .png")
@@ -97,15 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        paths = generate(args) if args.command == "generate" else run(args)
+        lines = args.function(args)
     except ChromaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    for path in paths:
-        print(path)
+    for line in lines:
+        print(line)
     return 0
 
 

@@ -19,11 +19,14 @@ TINY = Path(__file__).resolve().parent.parent / "chroma" / "tiny" / "tokenizer.j
 TEXTS = [
     "", " ", "   ", "a", "a red fox", "A photograph of a red fox, 35mm; (masterpiece:1.2)",
     " leading", "trailing ", "several   spaces  in a    row", "tab\tand\nnew\r\nlines\n",
-    "café naïve Zürich Ångström", "cafe\u0301 n\u0303", "ﬁne ½ ² Ⅷ ™ …", "\uff26\uff35\uff2c\uff2c\u3000\uff57ide",
+    "café naïve Zürich Ångström", "cafe\u0301 n\u0303", "ﬁne ½ ² Ⅷ ™ …",
+    "\uff26\uff35\uff2c\uff2c\u3000\uff57ide",
     "🦊", "a 🦊 and 👩‍👩‍👧 emoji", "赤い狐が走る", "红色的狐狸。", "여우 한 마리", "лиса",
     "</s>", "a </s> b", "<pad><unk>", "<extra_id_0> x", "x [PAD1010] [PAD32100] y", "▁", "a▁b ▁ c",
     "zero\u200bwidth\u00adsoft\u00a0hyphen", "\x00\x01 control", "x" * 300, "fox" * 50,
-    "\u201cquotes\u201d \u2018and\u2019 \u2013 dashes \u2014", "$100% #hash @user_name", "don't won't I'm", "\ufeffmark",
+    "\u201cquotes\u201d \u2018and\u2019 \u2013 dashes \u2014",
+    "$100% #hash @user_name", "don't won't I'm",
+    "\ufeffmark",
 ]  # fmt: skip
 CORPUS = [
     "a red fox in the snow, a photograph", "the quick brown fox jumps over the lazy dog",
@@ -209,10 +212,11 @@ def test_damaged_character_maps_never_break_the_tokenizer(tmp_path, piece):
     """Each is refused, or gives some ids: the tokenizers library would panic on what points out."""
     charsmap, random = charsmap_of(piece), np.random.default_rng(0)
     size = int.from_bytes(charsmap[:4], "little")
+    flips = [1, 1, 1, 1, 1, 1, 200, 200]
     refused = 0
-    for _ in range(30):
+    for count in flips:
         data = np.frombuffer(charsmap, np.uint8).copy()
-        data[random.integers(4, size, 200)] ^= 1 << random.integers(0, 8, 200, np.uint8)
+        data[random.integers(4, size, count)] ^= 1 << random.integers(0, 8, count, np.uint8)
         try:
             tokenizer = tokenizer_from_gguf(small(tmp_path / "x.gguf", charsmap=data.tobytes()))
         except CheckpointError:
@@ -220,4 +224,4 @@ def test_damaged_character_maps_never_break_the_tokenizer(tmp_path, piece):
             continue
         for text in TEXTS:
             tokenizer.encode(text)
-    assert refused > 0
+    assert 2 <= refused < len(flips)

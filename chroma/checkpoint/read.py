@@ -123,6 +123,21 @@ def read_state(path: Path, wanted: Kind) -> State:
         raise misshapen(path, error) from None
 
 
+def configure(checkpoint: Checkpoint, kind: Kind) -> Any:
+    """The configuration that the header of a file in the original layout states, else None."""
+    readers: dict[Kind, tuple[tuple[str, ...], Callable[[Any], Any]]] = {
+        Kind.CHROMA: (TRANSFORMER_PARTS, ChromaConfig.from_state_dict),
+        Kind.T5: (T5_PARTS, T5Config.from_state_dict),
+        Kind.AUTOENCODER: (AUTOENCODER_PARTS, AutoencoderConfig.from_state_dict),
+    }
+    if kind not in readers:
+        return None
+    parts, read = readers[kind]
+    names = belonging(checkpoint.tensors, parts)
+    shapes = {short: checkpoint.tensors[name] for name, short in names.items()}
+    return _configure(checkpoint.path, read, shapes)
+
+
 def find_model(checkpoint: Checkpoint, wanted: Kind) -> tuple[Kind, dict[str, str]]:
     """The layout of a model in a file, and {name in the file: its name in that layout}.
 

@@ -77,7 +77,9 @@ def read_header(path: Path) -> Header:
         needed = max(needed, end + 8 + len(text))
     if needed > size:
         raise _damaged(path, f"its tensors need {needed} bytes, the file has {size}")
-    return Header(path, tensors, metadata if isinstance(metadata, dict) else {})
+    if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
+        raise _damaged(path, "its metadata is not text")
+    return Header(path, tensors, metadata)
 
 
 def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:

@@ -7,7 +7,7 @@ is bf16, whatever the file as a whole is called.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ def marked(name: str) -> str | None:
     """The prefix of the model that a `scaled_fp8` marker is about; None for any other tensor."""
     is_marker = name == _MARKER or name.endswith(f".{_MARKER}")
     return name.removesuffix(_MARKER) if is_marker else None
+
+
+def scale_names(tensors: Collection[str]) -> set[str]:
+    """The tensors that only describe `<layer>.weight`: its scales and settings."""
+    return {name for name in tensors if name.endswith(SIDE_TENSORS)}
 
 
 def assemble(

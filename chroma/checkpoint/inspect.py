@@ -1,0 +1,127 @@
+"""What a model file is, from its header alone."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..quant.gguf_formats import GGUF_FORMATS
+from .container import Checkpoint, open_checkpoint
+from .identify import Kind, identify
+from .read import configure
+from .reader import BITS, TensorInfo
+from .stored import layer_settings, marked, scale_names
+
+# What loads a kind of file, and the folder of ComfyUI in which it is looked for.
+_LOADERS = {
+    Kind.CHROMA: ("Load Chroma Model", "models/diffusion_models"),
+    Kind.CHROMA_DIFFUSERS: ("Load Chroma Model", "models/diffusion_models"),
+    Kind.T5: ("Load Chroma Text Encoder", "models/text_encoders"),
+    Kind.AUTOENCODER: ("Load Chroma VAE", "models/vae"),
+    Kind.AUTOENCODER_DIFFUSERS: ("Load Chroma VAE", "models/vae"),
+    Kind.LORA: ("ComfyUI's Load LoRA", "models/loras"),
+}
+_FP8 = ("F8_E4M3", "F8_E5M2", "I8")
+
+
+@dataclass(frozen=True)
+class FormatShare:
+    """The tensors of one storage format: how many, of how many numbers and bytes."""
+
+    format: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_file` found. `sizes` are widths and depths by name, where they are known."""
+
+    file: str
+    kind: str
+    bytes: int
+    parameters: int
+    formats: tuple[FormatShare, ...]
+    layers: dict[str, str]
+    sizes: dict[str, int]
+    metadata: dict[str, str]
+    loader: str | None
+    folder: str | None
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Everything a header says. Raises CheckpointError for a file that cannot be read."""
+    checkpoint = open_checkpoint(path)
+    tensors, kind = checkpoint.tensors, identify(checkpoint.tensors)
+    layers = _layer_formats(checkpoint)
+    shares = {}
+    for name, form in layers.items():
+        numbers = math.prod(tensors[name].shape)
+        old = shares.get(form, FormatShare(form, 0, 0, 0))
+        shares[form] = FormatShare(
+            form, old.tensors + 1, old.parameters + numbers, old.bytes + size_of(tensors[name])
+        )
+    formats = tuple(sorted(shares.values(), key=lambda share: -share.bytes))
+    loader, folder = _LOADERS.get(kind, (None, None))
+    return Inspection(
+        path.name,
+        kind.value,
+        sum(size_of(info) for info in tensors.values()),
+        sum(share.parameters for share in formats),
+        formats,
+        layers,
+        _sizes(checkpoint, kind),
+        {key: text for key, text in checkpoint.metadata.items() if len(text) <= 200},
+        loader,
+        folder,
+    )
+
+
+def _layer_formats(checkpoint: Checkpoint) -> dict[str, str]:
+    """{name in the file: storage format} of all tensors that are weights."""
+    tensors, settings = checkpoint.tensors, layer_settings(checkpoint.metadata)
+    side, formats = scale_names(tensors), {}
+    for name, info in tensors.items():
+        if marked(name) is not None or name in side:
+            continue
+        layer = name.removesuffix(".weight")
+        scaled = any(f"{layer}{suffix}" in tensors for suffix in (".weight_scale", ".scale_weight"))
+        stated = settings.get(layer, {}).get("format")
+        form = stated if stated and info.dtype in _FP8 else info.dtype
+        formats[name] = f"{form}, scaled" if scaled and info.dtype in _FP8 else form
+    return formats
+
+
+def size_of(info: TensorInfo) -> int:
+    """Bytes of a tensor's data."""
+    numbers = math.prod(info.shape)
+    if info.dtype in GGUF_FORMATS:
+        form = GGUF_FORMATS[info.dtype]
+        return numbers // form.block * form.block_bytes
+    return numbers * BITS.get(info.dtype, 0) // 8
+
+
+def _sizes(checkpoint: Checkpoint, kind: Kind) -> dict[str, int]:
+    try:
+        config = configure(checkpoint, kind)
+    except CheckpointError:
+        return {}
+    return {} if config is None else dict(asdict(config))
+
+
+def describe(found: Inspection) -> list[str]:
+    """An inspection as lines for people."""
+    lines = [
+        f"{found.file}: {found.kind}",
+        f"  {found.parameters:,} parameters in {found.bytes / 1e9:.3f} GB",
+    ]
+    if found.sizes:
+        lines.append("  " + ", ".join(f"{name} {value}" for name, value in found.sizes.items()))
+    for share in found.formats:
+        lines.append(
+            f"  {share.format}: {share.tensors} tensors, {share.parameters:,} parameters, "
+            f"{share.bytes / 1e9:.3f} GB"
+        )
+    loaded = f"{found.loader}, from {found.folder}" if found.loader else "nothing here"
+    return [*lines, f"  loaded by: {loaded}"]
