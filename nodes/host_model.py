@@ -12,12 +12,13 @@ import comfy.model_base
 import comfy.model_management as management
 import comfy.sd
 import comfy.supported_models
-import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..chroma.checkpoint import check_state, read_header, read_transformer
+from ..chroma.checkpoint.container import is_gguf
+from ..chroma.checkpoint.load import main_dtype
 from ..chroma.checkpoint.read import expanded
 from ..chroma.checkpoint.stored import State
 from ..chroma.config import ChromaConfig
@@ -132,7 +133,7 @@ def load_model(path: Path, dtype_choice: str) -> ModelPatcher:
         options = {} if dtype is None else {"dtype": dtype}
         patcher = apply_transformer(comfy.sd.load_diffusion_model(str(path), model_options=options))
     else:
-        patcher = build_model(path, dtype, dtype_choice != AUTO)
+        patcher = _build(config, state, path, dtype, dtype_choice != AUTO)
     compute_natively(patcher, dtype)
     return patcher
 
@@ -150,7 +151,7 @@ def is_plain(state: State) -> bool:
 
 def is_canonical(path: Path, state: State) -> bool:
     """Whether one safetensors file holds exactly these tensors under these names."""
-    return path.suffix != ".gguf" and read_header(path).tensors.keys() == state.keys()
+    return not is_gguf(path) and read_header(path).tensors.keys() == state.keys()
 
 
 def build_model(
@@ -162,14 +163,19 @@ def build_model(
     which ComfyUI asks for a second copy; these models are always held whole.
     """
     config, state = read_transformer(path)
+    return _build(config, state, path, dtype, expand)
+
+
+def _build(
+    config: ChromaConfig, state: State, path: Path, dtype: torch.dtype | None, expand: bool
+) -> ModelPatcher:
     settings = HostConfig(core_settings(config))
     device, offload = management.get_torch_device(), management.unet_offload_device()
     supported = list(settings.supported_inference_dtypes)
-    floats = {name: weight for name, weight in state.items() if isinstance(weight, torch.Tensor)}
     dtype = dtype or management.unet_dtype(
         model_params=sum(weight.numel() for weight in state.values()),
         supported_dtypes=supported,
-        weight_dtype=comfy.utils.weight_dtype(floats) if is_plain(state) else torch.bfloat16,
+        weight_dtype=main_dtype(state),
     )
     if expand:
         state = expanded(state, dtype, management.get_free_memory(offload), path)

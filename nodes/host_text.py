@@ -16,9 +16,11 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from ..chroma.checkpoint import check_state, read_text_encoder
+from ..chroma.checkpoint import check_state, read_header, read_text_encoder
+from ..chroma.checkpoint.container import is_gguf
 from ..chroma.checkpoint.gguf import read_gguf_header
 from ..chroma.checkpoint.read import expanded
+from ..chroma.checkpoint.stored import State
 from ..chroma.errors import CheckpointError
 from ..chroma.quant.layers import place
 from ..chroma.text.encoder import PadRule, TextEncoder
@@ -27,7 +29,8 @@ from ..chroma.text.t5 import T5Config, T5Encoder
 from ..chroma.text.tokenizer import Tokenizer
 from ..chroma.tiny import files as small
 from .host import DTYPES
-from .host_quant import HostLinear, QuantPatcher
+from .host_model import is_plain
+from .host_quant import HostEmbedding, HostLinear, QuantPatcher
 
 ROWS, PAD_RULE, LENGTHS = "t5xxl", "chroma_pad_rule", "chroma_lengths"
 XXL_WIDTH = 4096
@@ -178,8 +181,7 @@ def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
     with torch.device("meta"):
         check_state(T5Encoder(config), state, path)
     dtype = DTYPES.get(dtype_choice)
-    floats = all(isinstance(weight, Tensor) for weight in state.values())
-    if config.d_model != XXL_WIDTH or not floats or path.suffix == ".gguf":
+    if config.d_model != XXL_WIDTH or not is_plain(state) or not _is_single(path, state):
         return build_clip(path, dtype)
     clip = comfy.sd.load_clip(
         [str(path)],
@@ -188,6 +190,11 @@ def load_clip(path: Path, dtype_choice: str) -> comfy.sd.CLIP:
         model_options={} if dtype is None else {"dtype": dtype},
     )
     return adopt_clip(clip)
+
+
+def _is_single(path: Path, state: State) -> bool:
+    """Whether one safetensors file holds these tensors under these names."""
+    return not is_gguf(path) and state.keys() <= read_header(path).tensors.keys()
 
 
 def build_clip(path: Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
@@ -203,7 +210,7 @@ def build_clip(path: Path, dtype: torch.dtype | None) -> comfy.sd.CLIP:
     holder = nn.Module()
     meta = torch.device("meta")
     holder.transformer = T5Encoder(config, comfy.ops.manual_cast, device=meta, dtype=dtype)
-    place(holder.transformer, state, dtype, HostLinear)
+    place(holder.transformer, state, dtype, HostLinear, HostEmbedding)
     model = HostTextModel(holder.eval().requires_grad_(False), _tokenizer(path, config), device)
     clip = comfy.sd.CLIP(no_init=True)
     clip.patcher = QuantPatcher(model.to(offload), device, offload)
@@ -220,6 +227,6 @@ def _tokenizer(path: Path, config: T5Config) -> Tokenizer:
         return Tokenizer.from_file(beside)
     if config.d_model == XXL_WIDTH:
         return t5_tokenizer()
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return tokenizer_from_gguf(read_gguf_header(path))
     return Tokenizer.from_file(small.TOKENIZER)

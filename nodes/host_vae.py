@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..chroma.autoencoder import SPATIAL_FACTOR, Autoencoder, AutoencoderConfig
 from ..chroma.checkpoint import Kind, check_state, identify, read_autoencoder, read_header
+from ..chroma.checkpoint.container import is_gguf
 
 # Bytes of activations per value of a 128-channel autoencoder's picture: what ComfyUI assumes.
 ENCODE_BYTES, DECODE_BYTES = 1767, 2178
@@ -61,7 +62,7 @@ def load_vae(path: Path) -> comfy.sd.VAE:
     config, state = read_autoencoder(path)
     with torch.device("meta"):
         check_state(Autoencoder(config), state, path)
-    if config == AutoencoderConfig() and path.suffix != ".gguf":
+    if config == AutoencoderConfig() and not is_gguf(path):
         header = read_header(path)
         if identify(header.tensors) in (Kind.AUTOENCODER, Kind.AUTOENCODER_DIFFUSERS):
             return _core_vae(path)

@@ -10,7 +10,8 @@ from .host_vae import load_vae
 
 CATEGORY = "Chroma"
 DTYPE_TIP = (
-    "Precision of the weights in memory. auto: what suits your hardware. bf16 and fp16 take half "
+    "Precision of the weights in memory. auto: what suits your hardware, and quantised files stay "
+    "as they are. Anything else expands quantised files, if memory allows. bf16 and fp16 take half "
     "the memory of fp32."
 )
 

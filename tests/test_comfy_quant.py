@@ -155,6 +155,47 @@ def test_merging_nodes_read_the_values(tmp_path, state):
     assert torch.equal(convert(weight.float(), inplace=True), meant[f"{QKV}.weight"])
 
 
+def test_two_scaled_models_merge_by_their_values(tmp_path, state):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, meant = write("scaled_fp8", state, tmp_path / "a")
+    other = random_transformer(CONFIG, seed=5).state_dict()
+    second, meant_too = write("int8_tensorwise rows", other, tmp_path / "b")
+    model = host_model.build_model(first, torch.float32).clone()
+    patches = host_model.build_model(second, torch.float32).get_key_patches("diffusion_model.")
+    for key, value in patches.items():
+        model.add_patches({key: value}, 0.5, 0.5)
+    mean = {name: (value + meant_too[name]) / 2 for name, value in meant.items()}
+    with torch.no_grad():
+        expected = plain(mean)(*case())
+    assert (run(model) - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_saving_a_quantised_model_is_refused_in_one_line(tmp_path, state):
+    path, _ = write("Q8_0", state, tmp_path)
+    patcher = host_model.build_model(path, torch.float32)
+    with pytest.raises(CheckpointError, match="cannot be saved from ComfyUI; expected bf16"):
+        patcher.patch_model(device_to=CPU, force_patch_weights=True)
+
+
+def test_a_patch_reaches_a_quantised_embedding(tmp_path):
+    torch.manual_seed(0)
+    state = {k: torch.randn(v.shape) * 0.3 for k, v in T5Encoder(T5).state_dict().items()}
+    path = tmp_path / "t5.safetensors"
+    SAFETENSORS["e4m3"](state, path)
+    (tmp_path / "tokenizer.json").write_bytes(host_text.small.TOKENIZER.read_bytes())
+    patcher = host_text.load_clip(path, "auto").patcher
+    (key,) = [k for k in patcher.model.state_dict() if k.endswith("shared.weight")]
+    patcher.add_patches({key: (torch.ones(T5.vocab_size, T5.d_model),)})
+    table = patcher.model.get_submodule(key.removesuffix(".weight"))
+    tokens = torch.tensor([[3, 9]])
+    before = table(tokens, torch.float32)
+    patcher.patch_model(device_to=CPU)
+    assert torch.allclose(table(tokens, torch.float32), before + 1)
+    patcher.unpatch_model(device_to=CPU)
+    assert torch.equal(table(tokens, torch.float32), before)
+
+
 def test_lora_hooks_are_refused_in_one_line(tmp_path, state):
     path, _ = write("Q8_0", state, tmp_path)
     patcher = host_model.build_model(path, torch.float32)

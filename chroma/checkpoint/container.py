@@ -120,11 +120,16 @@ class GGUFCheckpoint:
         return state
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF, by its name."""
+    return path.suffix.lower() == ".gguf"
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """The file, GGUF or safetensors, or the folder of a model in parts. Raises CheckpointError."""
     if path.is_dir():
         path = _in_folder(path)
-    if path.suffix.lower() == ".gguf":
+    if is_gguf(path):
         return GGUFCheckpoint(path, read_gguf_header(path))
     if path.name.endswith(".index.json"):
         return _indexed(path)

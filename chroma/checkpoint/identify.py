@@ -70,17 +70,3 @@ def _has_flux_latents(tensors: Mapping[str, TensorInfo]) -> bool:
         if strip_prefix(name) == "decoder.conv_in.weight":
             return len(info.shape) == 4 and info.shape[1] == _FLUX_LATENT_CHANNELS
     return True
-
-
-def quantisation(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The name of the quantised format a file is in, or None where its weights are plain."""
-    if any(name.endswith(".comfy_quant") for name in tensors):
-        return "ComfyUI's mixed quantisation (comfy_quant)"
-    if any(name.endswith(("scaled_fp8", ".scale_weight")) for name in tensors):
-        return "scaled fp8"
-    dtypes = {info.dtype for info in tensors.values() if len(info.shape) > 1}
-    if any(dtype.startswith("F8") for dtype in dtypes):
-        return "fp8"
-    if any(dtype in ("I8", "U8") or dtype.startswith(("F4", "F6")) for dtype in dtypes):
-        return "integers or floats of 8 bits or fewer"
-    return None

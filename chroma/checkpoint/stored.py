@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..quant.finite import codes_finite
 from ..quant.floats import E4M3, E5M2, INT8
 from ..quant.tensor import Format, QuantTensor
 from .keys import strip_prefix
@@ -132,25 +133,29 @@ def _weight(
     full_precision: bool,
 ) -> Weight:
     stated = settings.get("format")
-    scale = _scale(name, tensor, given)
     stored = FORMATS.get(tensor.dtype)
+    in_few_bits = stored is not None or not tensor.is_floating_point()
+    if stated is not None and stated not in _READ and in_few_bits:
+        raise CheckpointError(
+            f"{name} is in {str(stated)[:40]!a}, which is not read here; expected fp8 or int8 with "
+            "one scale for the matrix or for each row, so choose another version of the model"
+        )
+    scale = _scale(name, tensor, given)
     if stored is None:
         # Core would take a marked layer for fp8 even so; its scale is then 1.
         if scale is None or bool((scale == 1).all()):
             return tensor
         return tensor.float().mul_(scale).to(tensor.dtype)
-    if stated is not None and stated not in _READ:
-        raise CheckpointError(
-            f"{name} is in {stated}, which is not read here; expected fp8 or int8 with one scale "
-            "for the matrix or for each row, so choose another version of the model"
-        )
-    if settings.get("convrot"):
+    options = settings.get("params")
+    if settings.get("convrot") or (isinstance(options, dict) and options.get("convrot")):
         raise CheckpointError(
             f"{name} is stored rotated (convrot), which is not read here; "
             "choose a version of the model without it"
         )
     if stored is INT8 and scale is None:
         raise CheckpointError(f"{name} is int8 without a scale; choose another version of it")
+    if not codes_finite(stored, tensor.view(stored.dtype)):
+        raise CheckpointError(f"{name} holds NaN or infinity; the file is damaged")
     if tensor.ndim != 2:
         values = stored.decode(tensor.view(stored.dtype), scale)
         return values.to(torch.bfloat16)
@@ -170,7 +175,11 @@ def _scale(name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> Tensor | N
     scale = next((given[suffix] for suffix in _SCALE if suffix in given), None)
     if scale is None:
         return None
-    if not scale.is_floating_point() or not bool(torch.isfinite(scale.float()).all()):
+    if not scale.is_floating_point():
+        raise CheckpointError(
+            f"the scale of {name} is {scale.dtype}, expected fp32; choose another file"
+        )
+    if not bool(torch.isfinite(scale.float()).all()):
         raise CheckpointError(f"the scale of {name} is not finite; download the file again")
     if scale.numel() == 1:
         return scale.float().reshape(())

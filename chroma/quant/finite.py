@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 
 from .floats import E4M3, E5M2
-from .tensor import CHUNK, QuantTensor
+from .tensor import CHUNK, Format, QuantTensor
+
+# Without the sign, NaN is e4m3's largest code; e5m2's infinity is 0x7C, and NaN lies above.
+_FIRST_BAD = {E4M3.name: 0x7F, E5M2.name: 0x7C}
 
 
 def all_finite(weight: Tensor | QuantTensor) -> bool:
@@ -12,15 +15,15 @@ def all_finite(weight: Tensor | QuantTensor) -> bool:
     if isinstance(weight, Tensor):
         # The extremes instead of a mask as large as the tensor: NaN becomes both of them.
         return bool(torch.isfinite(torch.stack(weight.aminmax())).all())
+    if weight.format.name in _FIRST_BAD:
+        return codes_finite(weight.format, weight.data)
     return all(
-        _rows_finite(weight, slice(start, start + CHUNK))
-        for start in range(0, weight.shape[0], CHUNK)
+        bool(torch.isfinite(torch.stack(weight.rows(slice(i, i + CHUNK)).aminmax())).all())
+        for i in range(0, weight.shape[0], CHUNK)
     )
 
 
-def _rows_finite(weight: QuantTensor, part: slice) -> bool:
-    if weight.format in (E4M3, E5M2):
-        # Without the sign, NaN is e4m3's largest code; e5m2's infinity is 0x7C, NaN is above.
-        largest = int((weight.data[part] & 0x7F).max())
-        return largest < (0x7F if weight.format is E4M3 else 0x7C)
-    return bool(torch.isfinite(torch.stack(weight.rows(part).aminmax())).all())
+def codes_finite(stored: Format, data: Tensor) -> bool:
+    """Whether no byte is fp8's code of NaN or infinity, which the decoders do not look at."""
+    bad = _FIRST_BAD.get(stored.name)
+    return bad is None or all(int((part & 0x7F).max()) < bad for part in data.split(CHUNK))

@@ -7,7 +7,8 @@ Shapes: R rows, n blocks in a row.
 import torch
 from torch import Tensor
 
-BLOCK = 32
+_COPIES = 0x0101010101010101
+_DIAGONAL = 0x8040201008040201 - (1 << 64)
 
 
 def halves(blocks: Tensor, start: int) -> Tensor:
@@ -15,16 +16,20 @@ def halves(blocks: Tensor, start: int) -> Tensor:
     return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
 
 
-def nibbles(data: Tensor) -> Tensor:
-    """(..., 16) bytes to (..., 32) numbers 0..15: all low halves, then all high ones."""
-    return torch.cat([data & 15, data >> 4], dim=-1)
+def unpacked(data: Tensor, bits: int) -> Tensor:
+    """(..., g) bytes to (..., g 8 / bits) small numbers: first the lowest bits of all g bytes."""
+    data = data.contiguous()
+    parts = torch.cat([data >> place for place in range(0, 8, bits)], dim=-1)
+    return parts.bitwise_and_(2**bits - 1)
 
 
 def fifth_bits(blocks: Tensor, start: int) -> Tensor:
     """The 32 bits at byte `start` of every block, lowest first, as 16 or 0, (R, n, 32) uint8."""
-    data = blocks[..., start : start + 4, None]
-    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return ((data >> places) & 1).flatten(-2) << 4
+    # Eight copies of a byte in one word, of which copy j keeps bit j; adding 127 moves that to the
+    # copy's highest bit, without a carry to the next copy.
+    words = blocks[..., start : start + 4].to(torch.int64).mul_(_COPIES).bitwise_and_(_DIAGONAL)
+    words = words.add_(127 * _COPIES).bitwise_right_shift_(3).bitwise_and_(16 * _COPIES)
+    return words.view(torch.uint8)
 
 
 def decode_q8_0(data: Tensor, _: Tensor | None) -> Tensor:
@@ -37,26 +42,26 @@ def decode_q8_0(data: Tensor, _: Tensor | None) -> Tensor:
 def decode_q4_0(data: Tensor, _: Tensor | None) -> Tensor:
     """d (q - 8): d[2], q nibbles[16]."""
     blocks = data.view(len(data), -1, 18)
-    values = nibbles(blocks[..., 2:]).to(torch.float32).sub_(8)
+    values = unpacked(blocks[..., 2:], 4).to(torch.float32).sub_(8)
     return values.mul_(halves(blocks, 0)).flatten(1)
 
 
 def decode_q4_1(data: Tensor, _: Tensor | None) -> Tensor:
     """d q + m: d[2], m[2], q nibbles[16]."""
     blocks = data.view(len(data), -1, 20)
-    values = nibbles(blocks[..., 4:]).to(torch.float32)
+    values = unpacked(blocks[..., 4:], 4).to(torch.float32)
     return values.mul_(halves(blocks, 0)).add_(halves(blocks, 2)).flatten(1)
 
 
 def decode_q5_0(data: Tensor, _: Tensor | None) -> Tensor:
     """d (q - 16): d[2], fifth bits[4], low nibbles[16]."""
     blocks = data.view(len(data), -1, 22)
-    q = nibbles(blocks[..., 6:]) | fifth_bits(blocks, 2)
+    q = unpacked(blocks[..., 6:], 4) | fifth_bits(blocks, 2)
     return q.to(torch.float32).sub_(16).mul_(halves(blocks, 0)).flatten(1)
 
 
 def decode_q5_1(data: Tensor, _: Tensor | None) -> Tensor:
     """d q + m: d[2], m[2], fifth bits[4], low nibbles[16]."""
     blocks = data.view(len(data), -1, 24)
-    q = nibbles(blocks[..., 8:]) | fifth_bits(blocks, 4)
+    q = unpacked(blocks[..., 8:], 4) | fifth_bits(blocks, 4)
     return q.to(torch.float32).mul_(halves(blocks, 0)).add_(halves(blocks, 2)).flatten(1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .gguf_blocks import decode_q4_0, decode_q4_1, decode_q5_0, decode_q5_1, decode_q8_0
-from .gguf_k import decode_q4_k, decode_q5_k, decode_q6_k
+from .gguf_k import decode_q2_k, decode_q3_k, decode_q4_k, decode_q5_k, decode_q6_k
 from .tensor import Decode, Format
 
 _OURS: dict[str, Decode] = {
@@ -16,13 +16,15 @@ _OURS: dict[str, Decode] = {
     "Q4_1": decode_q4_1,
     "Q5_0": decode_q5_0,
     "Q5_1": decode_q5_1,
+    "Q2_K": decode_q2_k,
+    "Q3_K": decode_q3_k,
     "Q4_K": decode_q4_k,
     "Q5_K": decode_q5_k,
     "Q6_K": decode_q6_k,
 }
 # Rarer ones, which the gguf package decodes on the CPU.
 _THEIRS = (
-    "Q2_K", "Q3_K", "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL",
+    "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL",
     "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",
 )  # fmt: skip
 

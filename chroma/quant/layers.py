@@ -10,25 +10,25 @@ from .matmul_exact import Scratch, linear
 from .tensor import QuantTensor
 
 MakeLinear = Callable[[QuantTensor, Tensor | None, Scratch], nn.Module]
+MakeEmbedding = Callable[[QuantTensor, torch.dtype], nn.Module]
 
 
 class StoredWeight(nn.Module):
     """One stored matrix as a module: its bytes are a parameter that no cast to a float changes."""
 
+    weight_scale: Tensor | None
+
     def __init__(self, weight: QuantTensor) -> None:
         super().__init__()
         self._described = replace(weight, data=torch.empty(0), scale=None)
         self.weight = nn.Parameter(weight.data, requires_grad=False)
-        scale = weight.scale
-        self.weight_scale = None if scale is None else nn.Parameter(scale, requires_grad=False)
+        # No parameter: what merges or lists a model's parameters must not take it for a weight.
+        self.register_buffer("weight_scale", weight.scale, persistent=False)
 
     @property
     def stored(self) -> QuantTensor:
         """The matrix, where its parameters are now."""
-        scale = self.weight_scale
-        return replace(
-            self._described, data=self.weight.data, scale=None if scale is None else scale.data
-        )
+        return replace(self._described, data=self.weight.data, scale=self.weight_scale)
 
 
 class QuantLinear(StoredWeight):
@@ -68,10 +68,11 @@ def place(
     state: Mapping[str, Tensor | QuantTensor],
     dtype: torch.dtype,
     linear: MakeLinear = QuantLinear,
+    embedding: MakeEmbedding = QuantEmbedding,
 ) -> None:
     """Give a model without weights the ones of a complete state dict, plain ones in `dtype`.
 
-    `linear` makes the layers of stored matrices; they share one scratch memory.
+    `linear` and `embedding` make the layers of stored matrices; they share one scratch memory.
     """
     scratch = Scratch()
     floats = {n: w.to(dtype) for n, w in state.items() if isinstance(w, Tensor)}
@@ -80,7 +81,7 @@ def place(
             continue
         module = name.removesuffix(".weight")
         if isinstance(model.get_submodule(module), nn.Embedding):
-            layer = QuantEmbedding(weight, dtype)
+            layer = embedding(weight, dtype)
         else:
             layer = linear(weight, floats.pop(f"{module}.bias", None), scratch)
         parent, _, leaf = module.rpartition(".")
