@@ -1,60 +1,126 @@
 """Values to GGUF's block formats.
 
-The formats of 32 columns are written by the gguf package, bit for bit as llama.cpp does. For the
-K formats our own search chooses the scales: for each group of columns, of several trial scales the
-one with the least squared error after a linear fit of scale and offset to the rounded numbers.
-Shapes: R rows, K columns, G groups of g columns.
+The formats of 32 columns are rounded as ggml-org/ggml does, byte for byte. For the K formats our
+own search chooses the scales: for each group of columns, of several trial scales the one with the
+least squared error after a linear fit of scale and offset to the rounded numbers.
+Shapes: R rows, K columns, n blocks, G groups of g columns in a block.
 """
 
-import gguf
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .gguf_k import SUPER_BLOCK
+from ..errors import ChromaError
+from .gguf_formats import GGUF_FORMATS
 from .tensor import CHUNK
 
-_BY_PACKAGE = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
-_K_BITS = {"Q4_K": 4, "Q5_K": 5}
-ENCODABLE = (*_BY_PACKAGE, "Q6_K", "Q5_K", "Q4_K")
+# What the scales and offsets, which are fp16, can hold.
+_LARGEST = 65504.0
 # Trial scales relative to the one that just spans a group.
 _TRIALS = tuple(1 + 0.025 * i for i in range(-8, 5))
 _TINY = 1e-30
 
 
 def encode(name: str, values: Tensor) -> Tensor:
-    """Finite values (R, K) fp32 to the bytes of their rows, uint8 (R, row bytes).
+    """Values (R, K) fp32 to the bytes of their rows, uint8 (R, row bytes).
 
-    Raises ValueError for an unknown format, other numbers than finite ones, and for columns that
-    do not fill whole blocks.
+    Raises ValueError for a format not in ENCODABLE and for columns that do not fill whole blocks;
+    ChromaError for values that are not finite or beyond fp16's range.
     """
     if name not in ENCODABLE:
         raise ValueError(f"{name} cannot be written; expected one of {', '.join(ENCODABLE)}")
-    if values.numel() and not bool(torch.isfinite(torch.stack(values.aminmax())).all()):
-        raise ValueError("the values are not all finite")
-    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0]
-    if values.shape[1] % block:
-        raise ValueError(f"{values.shape[1]} columns do not fill blocks of {block}")
-    parts = [_encode_rows(name, part.float()) for part in values.split(CHUNK)]
-    return torch.cat(parts)
-
-
-def _encode_rows(name: str, values: Tensor) -> Tensor:
-    if name in _BY_PACKAGE:
-        kind = gguf.GGMLQuantizationType[name]
-        return torch.from_numpy(gguf.quants.quantize(values.cpu().numpy(), kind))
-    blocks = values.reshape(-1, SUPER_BLOCK)
-    packed = _encode_q6_k(blocks) if name == "Q6_K" else _encode_affine(blocks, _K_BITS[name])
-    return packed.reshape(len(values), -1)
+    # The negation catches NaN, which compares false.
+    if values.numel() and not bool((torch.stack(values.aminmax()).abs() <= _LARGEST).all()):
+        raise ChromaError(
+            f"the values are not all finite and within {_LARGEST:.0f}, fp16's range, as {name} "
+            "needs; keep this tensor in bf16"
+        )
+    fmt = GGUF_FORMATS[name]
+    shape = (len(values), fmt.row_bytes(values.shape[1]))
+    data = torch.empty(shape, dtype=torch.uint8, device=values.device)
+    for part, out in zip(values.split(CHUNK), data.split(CHUNK), strict=True):
+        blocks = part.float().unflatten(1, (-1, fmt.block)).flatten(0, 1)
+        out.view(-1, fmt.block_bytes).copy_(_ENCODERS[name](blocks))
+    return data
 
 
 def _half_bytes(numbers: Tensor) -> Tensor:
-    """(n,) to fp16's two bytes each, (n, 2)."""
-    return numbers.half()[:, None].view(torch.uint8)
+    """(n, 1) to fp16's two bytes each, (n, 2)."""
+    return numbers.half().view(torch.uint8)
 
 
-def _rounded_up(numbers: Tensor) -> Tensor:
-    """The value that fp16 keeps of each number."""
-    return numbers.half().float()
+def _half_above(numbers: Tensor) -> Tensor:
+    """The nearest fp16 number that is no closer to zero, as fp32.
+
+    Small weights have scales among fp16's subnormal numbers; rounded down, they would clip.
+    """
+    half = numbers.half()
+    further = (half.view(torch.int16) + 1).view(torch.float16)
+    return torch.where(half.float().abs() < numbers.abs(), further, half).float()
+
+
+def _divided(numbers: Tensor, by: int) -> Tensor:
+    """The rounded quotient; GPUs multiply by the rounded inverse if the divisor is no tensor."""
+    return numbers / torch.full_like(numbers, by)
+
+
+def _inverse(numbers: Tensor) -> Tensor:
+    """1 / x, or 0 where that is not finite."""
+    return torch.nan_to_num(1 / numbers, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _nibble_pairs(q: Tensor) -> Tensor:
+    """(..., 2, g) numbers to (..., g) bytes of their low four bits: low nibbles, then high ones."""
+    low = q & 15
+    return low[..., 0, :] | (low[..., 1, :] << 4)
+
+
+def _gathered_bits(bits: Tensor, dim: int) -> Tensor:
+    """Eight numbers 0 or 1 along `dim`, lowest first, to one byte."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.movedim(dim, -1) << places).sum(-1).to(torch.uint8)
+
+
+def _packed(q: Tensor, bits: int) -> list[Tensor]:
+    """(n, 32) uint8 to the fifth bits' bytes, where there are any, and the nibbles'."""
+    nibbles = _nibble_pairs(q.unflatten(1, (2, 16)))
+    if bits == 4:
+        return [nibbles]
+    return [_gathered_bits(q.unflatten(1, (4, 8)) >> 4, -1), nibbles]
+
+
+def _encode_q8_0(blocks: Tensor) -> Tensor:
+    """(n, 32) -> (n, 34), rounding halves away from zero."""
+    d = _divided(blocks.abs().amax(1, keepdim=True), 127)
+    q = blocks * _inverse(d)
+    whole = q.trunc()
+    q = whole + (2 * (q - whole)).trunc()
+    return torch.cat([_half_bytes(d), q.to(torch.int8).view(torch.uint8)], dim=1)
+
+
+def _encode_centred(blocks: Tensor, bits: int) -> Tensor:
+    """x = d (q - 2^(bits - 1)), for Q4_0 and Q5_0: the largest value lands on q = 0."""
+    half = 2 ** (bits - 1)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    d = largest / -half
+    q = (blocks * _inverse(d) + (half + 0.5)).clamp(max=2 * half - 1).to(torch.uint8)
+    return torch.cat([_half_bytes(d), *_packed(q, bits)], dim=1)
+
+
+def _encode_spanned(blocks: Tensor, bits: int) -> Tensor:
+    """x = d q + m, for Q4_1 and Q5_1: the extremes land on the first and the last q."""
+    top = 2**bits - 1
+    low, high = blocks.aminmax(dim=1, keepdim=True)
+    d = _divided(high - low, top)
+    q = ((blocks - low) * _inverse(d) + 0.5).clamp(max=top).to(torch.uint8)
+    return torch.cat([_half_bytes(d), _half_bytes(low), *_packed(q, bits)], dim=1)
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """A divisor that makes 0 of everything where the scale is 0."""
+    return torch.where(scale.abs() < _TINY, torch.full_like(scale, torch.inf), scale)
 
 
 def _fit_scale(groups: Tensor) -> Tensor:
@@ -73,29 +139,27 @@ def _fit_scale(groups: Tensor) -> Tensor:
     return best[..., 0]
 
 
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale.abs() < _TINY, torch.full_like(scale, torch.inf), scale)
-
-
 def _encode_q6_k(blocks: Tensor) -> Tensor:
     """(n, 256) -> (n, 210)."""
     groups = blocks.unflatten(1, (16, 16))
     scale = _fit_scale(groups)
-    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))[:, 0]
-    d = _rounded_up(largest / -128)
-    codes = (scale / _nonzero(d)[:, None]).round().clamp(-128, 127)
-    q = (groups / _nonzero(d[:, None] * codes)[..., None]).round().clamp(-32, 31) + 32
+    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
+    d = _half_above(largest / -128)
+    codes = (scale / _nonzero(d)).round().clamp(-128, 127)
+    q = (groups / _nonzero(d * codes)[..., None]).round().clamp(-32, 31) + 32
     q = q.to(torch.uint8).view(-1, 2, 4, 32)
-    low = (q & 15).view(-1, 2, 2, 64)
-    low = low[:, :, 0] | (low[:, :, 1] << 4)
-    high = q >> 4
-    high = high[:, :, 0] | (high[:, :, 1] << 2) | (high[:, :, 2] << 4) | (high[:, :, 3] << 6)
-    codes = codes.to(torch.int8).view(torch.uint8)
-    return torch.cat([low.flatten(1), high.flatten(1), codes, _half_bytes(d)], dim=1)
+    pairs = (q >> 4) << torch.arange(0, 8, 2, dtype=torch.uint8, device=q.device)[:, None]
+    parts = [
+        _nibble_pairs(q.view(-1, 2, 2, 64)).flatten(1),
+        pairs.sum(2).to(torch.uint8).flatten(1),
+        codes.to(torch.int8).view(torch.uint8),
+        _half_bytes(d),
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def _fit_affine(groups: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Scale s and offset m >= 0 of x = s q - m, q in 0..top, for (n, G, g) -> two (n, G)."""
+    """Scale s >= 0 and offset m >= 0 of x = s q - m, q in 0..top, for (n, G, g) -> two (n, G)."""
     low = groups.amin(-1, keepdim=True).clamp(max=0)
     span = groups.amax(-1, keepdim=True) - low
     best_scale, best_offset = span / top, -low
@@ -106,12 +170,12 @@ def _fit_affine(groups: Tensor, top: int) -> tuple[Tensor, Tensor]:
         sum_q, sum_x = q.sum(-1, keepdim=True), groups.sum(-1, keepdim=True)
         sum_qq, sum_qx = (q * q).sum(-1, keepdim=True), (q * groups).sum(-1, keepdim=True)
         # The least squares line; where its offset has the wrong sign, the one through zero.
-        spread = size * sum_qq - sum_q * sum_q
-        scale = (size * sum_qx - sum_q * sum_x) / spread.clamp(min=1)
+        spread = (size * sum_qq - sum_q * sum_q).clamp(min=1)
+        scale = ((size * sum_qx - sum_q * sum_x) / spread).clamp(min=0)
         offset = (scale * sum_q - sum_x) / size
-        through_zero = (offset < 0) | (spread < 1)
-        scale = torch.where(through_zero, sum_qx / sum_qq.clamp(min=1), scale).clamp(min=0)
-        offset = torch.where(through_zero, 0.0, offset)
+        through_zero = (sum_qx / sum_qq.clamp(min=1)).clamp(min=0)
+        scale = torch.where(offset < 0, through_zero, scale)
+        offset = offset.clamp(min=0)
         error = (groups - scale * q + offset).square().sum(-1, keepdim=True)
         better = error < least
         best_scale = torch.where(better, scale, best_scale)
@@ -125,27 +189,36 @@ def _encode_affine(blocks: Tensor, bits: int) -> Tensor:
     top = 2**bits - 1
     groups = blocks.unflatten(1, (8, 32))
     scale, offset = _fit_affine(groups, top)
-    d, dmin = (_rounded_up(numbers.amax(1) / 63) for numbers in (scale, offset))
-    scale_code = (scale / _nonzero(d)[:, None]).round().clamp(0, 63)
-    offset_code = (offset / _nonzero(dmin)[:, None]).round().clamp(0, 63)
-    step = _nonzero(d[:, None] * scale_code)[..., None]
-    q = (groups + (dmin[:, None] * offset_code)[..., None]) / step
+    d, dmin = (_half_above(x.amax(1, keepdim=True) / 63) for x in (scale, offset))
+    scale_code = (scale / _nonzero(d)).round().clamp(0, 63)
+    offset_code = (offset / _nonzero(dmin)).round().clamp(0, 63)
+    q = (groups + (dmin * offset_code)[..., None]) / _nonzero(d * scale_code)[..., None]
     q = q.round().clamp(0, top).to(torch.uint8)
-    low = (q & 15).view(-1, 4, 2, 32)
-    parts = [
-        _half_bytes(d), _half_bytes(dmin),
-        _pack_codes(scale_code.to(torch.uint8), offset_code.to(torch.uint8)),
-    ]  # fmt: skip
+    codes = _packed_codes(scale_code.to(torch.uint8), offset_code.to(torch.uint8))
+    parts = [_half_bytes(d), _half_bytes(dmin), codes]
     if bits == 5:
-        places = torch.arange(8, dtype=torch.uint8, device=q.device)[:, None]
-        parts.append(((q >> 4) << places).sum(1, dtype=torch.int32).to(torch.uint8))
-    parts.append((low[:, :, 0] | (low[:, :, 1] << 4)).flatten(1))
+        parts.append(_gathered_bits(q >> 4, 1))
+    parts.append(_nibble_pairs(q.unflatten(1, (4, 2))).flatten(1))
     return torch.cat(parts, dim=1)
 
 
-def _pack_codes(scale: Tensor, offset: Tensor) -> Tensor:
+def _packed_codes(scale: Tensor, offset: Tensor) -> Tensor:
     """Eight 6-bit scales and offsets, each (n, 8), to twelve bytes."""
     first = scale[:, :4] | ((scale[:, 4:] >> 4) << 6)
     second = offset[:, :4] | ((offset[:, 4:] >> 4) << 6)
     third = (scale[:, 4:] & 15) | ((offset[:, 4:] & 15) << 4)
     return torch.cat([first, second, third], dim=1)
+
+
+# (n, block) fp32 -> (n, block bytes) uint8
+_ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q8_0": _encode_q8_0,
+    "Q5_1": partial(_encode_spanned, bits=5),
+    "Q5_0": partial(_encode_centred, bits=5),
+    "Q4_1": partial(_encode_spanned, bits=4),
+    "Q4_0": partial(_encode_centred, bits=4),
+    "Q6_K": _encode_q6_k,
+    "Q5_K": partial(_encode_affine, bits=5),
+    "Q4_K": partial(_encode_affine, bits=4),
+}
+ENCODABLE = tuple(_ENCODERS)

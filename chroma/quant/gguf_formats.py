@@ -22,7 +22,8 @@ _OURS: dict[str, Decode] = {
     "Q5_K": decode_q5_k,
     "Q6_K": decode_q6_k,
 }
-# Rarer ones, which the gguf package decodes on the CPU.
+# Rarer ones, which the gguf package decodes on the CPU. NVFP4 is not among them: a file keeps a
+# second scale of each such matrix in a tensor of its own, so that a block's bytes are not enough.
 _THEIRS = (
     "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL",
     "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4",

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .gguf_blocks import halves, unpacked
 
-SUPER_BLOCK = 256
-
 
 def _scales(packed: Tensor) -> tuple[Tensor, Tensor]:
     """Twelve bytes to eight scales and eight minima of 6 bits, each (R, n, 8)."""
