@@ -12,6 +12,7 @@ from ..samplers import SAMPLERS
 from ..schedulers import get_sigmas
 from .autoencoder import SPATIAL_FACTOR, Autoencoder
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
+from .checkpoint.container import is_gguf
 from .config import LATENT_CHANNELS, PATCH
 from .devices import best_device, best_dtype
 from .errors import CheckpointError, ImageError, SamplingError
@@ -55,8 +56,7 @@ class Pipeline:
         Quantised files stay quantised in memory unless `expand` asks for `dtype`.
         Raises CheckpointError for a file that does not fit.
         """
-        is_gguf = text_encoder is not None and text_encoder.suffix.lower() == ".gguf"
-        if text_encoder is not None and tokenizer is None and not is_gguf:
+        if text_encoder is not None and tokenizer is None and not is_gguf(text_encoder):
             raise CheckpointError(
                 f"{text_encoder.name} needs its tokenizer; give the tokenizer.json of T5 as well"
             )

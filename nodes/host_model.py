@@ -19,7 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..chroma.checkpoint import check_state, read_header, read_transformer
 from ..chroma.checkpoint.container import is_gguf
 from ..chroma.checkpoint.load import main_dtype
-from ..chroma.checkpoint.read import expanded
+from ..chroma.checkpoint.read import expanded, is_plain
 from ..chroma.checkpoint.stored import State
 from ..chroma.config import ChromaConfig
 from ..chroma.quant.layers import place
@@ -142,11 +142,6 @@ def is_full_width(config: ChromaConfig) -> bool:
     """Whether ComfyUI's loader, which takes most widths for granted, can build the model."""
     full = ChromaConfig(double_depth=config.double_depth, single_depth=config.single_depth)
     return config == full
-
-
-def is_plain(state: State) -> bool:
-    """Whether no matrix is quantised."""
-    return all(isinstance(weight, torch.Tensor) for weight in state.values())
 
 
 def is_canonical(path: Path, state: State) -> bool:

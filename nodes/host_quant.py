@@ -87,19 +87,18 @@ class QuantPatcher(ModelPatcher):
     """A ModelPatcher that never writes into quantised matrices."""
 
     @cached_property
-    def _stored(self) -> dict[str, StoredWeight]:
+    def _stored(self) -> dict[str, _Patched]:
         """The quantised layers by the key of their weight; they stay while the model lives."""
         return {
             f"{name}.weight": module
             for name, module in self.model.named_modules()
-            if isinstance(module, StoredWeight)
+            if isinstance(module, _Patched)
         }
 
     def _attach(self) -> None:
         for key, module in self._stored.items():
-            if isinstance(module, _Patched):
-                own = [_Patches(key, self.patches)] if key in self.patches else []
-                module.weight_function = [*own, *self.weight_wrapper_patches.get(key, [])]
+            own = [_Patches(key, self.patches)] if key in self.patches else []
+            module.weight_function = [*own, *self.weight_wrapper_patches.get(key, [])]
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """Raises CheckpointError where ComfyUI is about to save, when it merges all patches."""
@@ -121,8 +120,7 @@ class QuantPatcher(ModelPatcher):
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for module in self._stored.values():
-                if isinstance(module, _Patched):
-                    module.weight_function, module.bias_function = [], []
+                module.weight_function, module.bias_function = [], []
                 if isinstance(module, QuantLinear):
                     module.scratch.clear()
         return result

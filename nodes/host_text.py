@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..chroma.checkpoint import check_state, read_header, read_text_encoder
 from ..chroma.checkpoint.container import is_gguf
 from ..chroma.checkpoint.gguf import read_gguf_header
-from ..chroma.checkpoint.read import expanded
+from ..chroma.checkpoint.read import expanded, is_plain
 from ..chroma.checkpoint.stored import State
 from ..chroma.errors import CheckpointError
 from ..chroma.quant.layers import place
@@ -29,7 +29,6 @@ from ..chroma.text.t5 import T5Config, T5Encoder
 from ..chroma.text.tokenizer import Tokenizer
 from ..chroma.tiny import files as small
 from .host import DTYPES
-from .host_model import is_plain
 from .host_quant import HostEmbedding, HostLinear, QuantPatcher
 
 ROWS, PAD_RULE, LENGTHS = "t5xxl", "chroma_pad_rule", "chroma_lengths"

@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..quant.gguf_formats import GGUF_FORMATS
 from .container import Checkpoint, open_checkpoint
 from .identify import Kind, identify
 from .read import configure
 from .reader import BITS, TensorInfo
 from .stored import layer_settings, marked, scale_names
+from .write_gguf import TYPES, stored_bytes
 
 # What loads a kind of file, and the folder of ComfyUI in which it is looked for.
 _LOADERS = {
@@ -95,11 +95,9 @@ def _layer_formats(checkpoint: Checkpoint) -> dict[str, str]:
 
 def size_of(info: TensorInfo) -> int:
     """Bytes of a tensor's data."""
-    numbers = math.prod(info.shape)
-    if info.dtype in GGUF_FORMATS:
-        form = GGUF_FORMATS[info.dtype]
-        return numbers // form.block * form.block_bytes
-    return numbers * BITS.get(info.dtype, 0) // 8
+    if info.dtype in TYPES:
+        return stored_bytes(info)
+    return math.prod(info.shape) * BITS[info.dtype] // 8
 
 
 def _sizes(checkpoint: Checkpoint, kind: Kind) -> dict[str, int]:

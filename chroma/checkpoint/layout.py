@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..config import ChromaConfig
 from ..text.t5 import MAX_TOKENS, T5Config
+from .gguf import T5_NAMES
 from .reader import TensorInfo
 from .recipe import FP8, FP8_LEARNED, GGUF_TARGETS, INT8, Recipe
 
@@ -23,19 +24,8 @@ _FILE_TYPES = {
 }  # fmt: skip
 _QUANTISATION_VERSION = 2
 _T5_EPSILON = 1e-6
-# Hugging Face's parts of T5's names, and llama.cpp's.
-_T5_NAMES = {
-    "SelfAttention.relative_attention_bias": "attn_rel_b",
-    "SelfAttention.q": "attn_q",
-    "SelfAttention.k": "attn_k",
-    "SelfAttention.v": "attn_v",
-    "SelfAttention.o": "attn_o",
-    "DenseReluDense.wi_0": "ffn_gate",
-    "DenseReluDense.wi_1": "ffn_up",
-    "DenseReluDense.wo": "ffn_down",
-}
-_T5_NORMS = ("attn_norm", "ffn_norm")
-_T5_LAYER = re.compile(r"encoder\.block\.(\d+)\.layer\.(\d)\.(.+)\.weight")
+_LLAMA_PARTS = {ours: theirs for theirs, ours in T5_NAMES.items()}
+_T5_LAYER = re.compile(r"encoder\.block\.(\d+)\.(layer\.\d\..+)\.weight")
 
 MARKER = "scaled_fp8"
 # Two elements tell ComfyUI to multiply in 16 or 32 bits, without rounding the inputs to fp8.
@@ -55,8 +45,7 @@ def gguf_name(name: str) -> str:
     match = _T5_LAYER.fullmatch(name)
     if match is None:
         return name
-    block, layer, part = match.groups()
-    return f"enc.blk.{block}.{_T5_NAMES.get(part) or _T5_NORMS[int(layer)]}.weight"
+    return f"enc.blk.{match[1]}.{_LLAMA_PARTS[match[2]]}.weight"
 
 
 def gguf_metadata(config: ChromaConfig | T5Config, recipe: Recipe) -> dict[str, str | int | float]:

@@ -83,6 +83,11 @@ def read_autoencoder(path: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
     return _configure(path, AutoencoderConfig.from_state_dict, state), state
 
 
+def is_plain(state: State) -> bool:
+    """Whether no matrix is quantised."""
+    return all(isinstance(weight, Tensor) for weight in state.values())
+
+
 def plain(state: State, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict with every quantised matrix de-quantised to `dtype`."""
     return {
@@ -96,7 +101,7 @@ def expanded(state: State, dtype: torch.dtype, free: int, path: Path) -> State:
 
     What does not fit is said in a warning.
     """
-    if all(isinstance(weight, Tensor) for weight in state.values()):
+    if is_plain(state):
         return state
     needed = sum(weight.numel() for weight in state.values()) * dtype.itemsize
     if needed <= free:
@@ -133,8 +138,8 @@ def configure(checkpoint: Checkpoint, kind: Kind) -> Any:
     if kind not in readers:
         return None
     parts, read = readers[kind]
-    names = belonging(checkpoint.tensors, parts)
-    shapes = {short: checkpoint.tensors[name] for name, short in names.items()}
+    tensors = checkpoint.tensors
+    shapes = {short: tensors[name] for name, short in belonging(tensors, parts).items()}
     return _configure(checkpoint.path, read, shapes)
 
 
@@ -143,14 +148,15 @@ def find_model(checkpoint: Checkpoint, wanted: Kind) -> tuple[Kind, dict[str, st
 
     Raises CheckpointError for a file without that model, and for a header that makes no sense.
     """
-    found = identify(checkpoint.tensors)
+    stored = checkpoint.tensors
+    found = identify(stored)
     for layout, (parts, _) in LAYOUTS[wanted].items():
         names = {
             name: short
-            for name, short in belonging(checkpoint.tensors, parts).items()
+            for name, short in belonging(stored, parts).items()
             if not (wanted is Kind.CHROMA and _LEFTOVERS.match(short))
         }
-        tensors = {name: checkpoint.tensors[name] for name in names}
+        tensors = {name: stored[name] for name in names}
         if identify(tensors) is layout and found not in LOOKALIKES.get(wanted, ()):
             _check_header(checkpoint.path, tensors, names.values())
             return layout, names

@@ -6,6 +6,7 @@ from ...samplers import SAMPLERS
 from ...schedulers import get_sigmas
 from ...schedulers.shift import flux_mu
 from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
+from ..checkpoint.container import is_gguf
 from ..devices import best_dtype
 from ..errors import WorkflowError
 from ..presets import PRESETS
@@ -41,7 +42,7 @@ def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
     tokenizer = context.files.get(
         ("text_encoders", "tokenizer.json"), small.TOKENIZER if is_small else beside
     )
-    if not tokenizer.is_file() and path.suffix.lower() != ".gguf":
+    if not tokenizer.is_file() and not is_gguf(path):
         raise WorkflowError(
             f"{path.name} needs its tokenizer and {tokenizer} does not exist; "
             "put T5's tokenizer.json there"
