@@ -18,7 +18,8 @@ import torch
 from chroma_nodes.chroma.quant.floats import E4M3
 from chroma_nodes.chroma.quant.kernels import available
 from chroma_nodes.chroma.quant.matmul_exact import Scratch, linear
-from chroma_nodes.chroma.quant.matmul_int8 import linear_int8, prepack, quantise_rows
+from chroma_nodes.chroma.quant.matmul_int8 import linear_int8, prepack
+from chroma_nodes.chroma.quant.round_int8 import quantise_int8
 from chroma_nodes.chroma.quant.tensor import Format, QuantTensor
 from torch import Tensor
 from torch.nn import functional as F
@@ -78,7 +79,7 @@ def ways(rows: int, columns: int) -> Ways:
         "Q8_0 expanded in fp16": half_precision(stored),
     }
     if available(CPU).int8:
-        integers, int8_scale = quantise_rows(weight)
+        integers, int8_scale = quantise_int8(weight)
         packed = prepack(integers)
         found["int8"] = lambda x: linear_int8(x, packed, int8_scale, None)
     return found

@@ -6,9 +6,9 @@ from chroma_nodes.chroma.quant.matmul_int8 import (
     has_int8,
     linear_int8,
     prepack,
-    quantise_rows,
     quantise_tokens,
 )
+from chroma_nodes.chroma.quant.round_int8 import quantise_int8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +35,7 @@ def oracle(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 def test_rows_are_quantised_to_nearest(dtype) -> None:
     weight = (torch.randn(9, 40) * torch.logspace(-6, 3, 9)[:, None]).to(dtype)
     weight[4] = 0
-    data, scale = quantise_rows(weight)
+    data, scale = quantise_int8(weight)
     assert data.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (9, 1)
     absmax = weight.double().abs().amax(-1, keepdim=True)
     torch.testing.assert_close(scale[absmax > 0].double(), absmax[absmax > 0] / 127)
@@ -69,7 +69,7 @@ def test_no_scale_carries_an_integer_past_its_range() -> None:
 @pytest.mark.parametrize("shape", [(1, 48), (3, 17, 48), (200, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_product_is_the_integer_one(dtype, shape, bias) -> None:
-    weight, scale = quantise_rows(torch.randn(80, 48) * 0.05)  # never square: see `prepack`
+    weight, scale = quantise_int8(torch.randn(80, 48) * 0.05)  # never square: see `prepack`
     x, b = torch.randn(shape).to(dtype), torch.randn(80).to(dtype) if bias else None
     y = linear_int8(x, prepack(weight), scale, b)
     assert y.dtype == dtype and y.shape == (*shape[:-1], 80)
@@ -99,7 +99,7 @@ def test_one_scale_for_the_whole_matrix() -> None:
 
 
 def test_without_a_fast_product_only_the_weight_is_quantised() -> None:
-    weight, scale = quantise_rows(torch.randn(24, 32))
+    weight, scale = quantise_int8(torch.randn(24, 32))
     x, bias = torch.randn(2, 5, 32), torch.randn(24)
     y = linear_int8(x, weight, scale, bias)  # not packed: plain torch
     expected = F.linear(x.double(), weight.double() * scale.double(), bias.double())
@@ -107,7 +107,7 @@ def test_without_a_fast_product_only_the_weight_is_quantised() -> None:
 
 
 def test_gradients_reach_x() -> None:
-    weight, scale = quantise_rows(torch.randn(24, 32))
+    weight, scale = quantise_int8(torch.randn(24, 32))
     for form in (weight, prepack(weight)):
         x = torch.randn(5, 32, requires_grad=True)
         linear_int8(x, form, scale, None).sum().backward()
@@ -116,7 +116,7 @@ def test_gradients_reach_x() -> None:
 
 
 def test_no_tokens() -> None:
-    weight, scale = quantise_rows(torch.randn(24, 32))
+    weight, scale = quantise_int8(torch.randn(24, 32))
     for form in (weight, prepack(weight)):
         assert linear_int8(torch.zeros(2, 0, 32), form, scale, None).shape == (2, 0, 24)
 
@@ -124,7 +124,7 @@ def test_no_tokens() -> None:
 @fast
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_spoils_only_itself(value) -> None:
-    weight, scale = quantise_rows(torch.randn(24, 32))
+    weight, scale = quantise_int8(torch.randn(24, 32))
     x = torch.randn(3, 32)
     x[1, 4] = value
     y = linear_int8(x, prepack(weight), scale, None)

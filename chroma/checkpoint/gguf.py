@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .gguf_cursor import Cursor, damaged
+from .gguf_cursor import Cursor
+from .reader import damaged
 
 # Bounds far above any real file, so that a lying header costs little time and memory.
 MAX_COUNT = 100_000

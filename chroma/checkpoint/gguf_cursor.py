@@ -6,10 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-
-# Far above any real header, vocabulary included, so that a lying one costs little time.
-MAX_HEADER = 100 * 1024 * 1024
-MAX_NAME = 500
+from .reader import MAX_HEADER, MAX_NAME, damaged
 
 
 class Cursor:
@@ -71,7 +68,3 @@ class Cursor:
             self.path,
             f"its header needs {position + count} bytes or more, the file has {self.size}",
         )
-
-
-def damaged(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"{path.name} is damaged or incomplete: {why}; download it again")

@@ -33,15 +33,13 @@ from .layout import (
 )
 from .reader import BITS, SUFFIXES, TensorInfo
 from .recipe import FP8_LEARNED, INT8, Recipe, plan
-from .source import Source, open_source
+from .source import DTYPES, Source, open_source
 from .work_folder import WorkFolder, work_key
 from .write_gguf import TYPES, stored_bytes, write_gguf
 from .write_safetensors import TensorWriter, write_safetensors
 
 # (bytes of the source done, of how many, the tensor that was just done)
 Progress = Callable[[int, int, str], None]
-
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -202,7 +200,7 @@ def _store(
 ) -> _Stored:
     if recipe.is_gguf:
         return _as_gguf(gguf_name(name), weight, form)
-    if form in _FLOATS:
+    if form in DTYPES:
         return _Stored({name: weight}, lambda part: weight[part].float())
     layer = name.removesuffix(".weight")
     output_error = None
@@ -239,8 +237,8 @@ def _learn(
 
 
 def _as_gguf(name: str, weight: Tensor, form: str) -> _Stored:
-    if form in _FLOATS:
-        cast = weight.to(_FLOATS[form])
+    if form in DTYPES:
+        cast = weight.to(DTYPES[form])
         if not bool(torch.isfinite(torch.stack(cast.aminmax())).all()):
             raise ChromaError(
                 f"a value is too large for {form}; keep this tensor with --keep, or choose bf16"

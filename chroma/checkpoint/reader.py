@@ -64,31 +64,31 @@ def read_header(path: Path) -> Header:
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        raise _damaged(path, "its header is not the JSON of a safetensors file")
+        raise damaged(path, "its header is not the JSON of a safetensors file")
     metadata = entries.pop("__metadata__", {})
     tensors, needed = {}, 0
     for name, entry in entries.items():
         if not name.isprintable() or len(name) > MAX_NAME:
-            raise _damaged(path, f"the tensor name {name[:MAX_NAME]!a} is not usable")
+            raise damaged(path, f"the tensor name {name[:MAX_NAME]!a} is not usable")
         try:
             tensors[name], end = _tensor_info(entry)
         except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, f"the header's entry of {name} is unusable ({error})") from None
+            raise damaged(path, f"the header's entry of {name} is unusable ({error})") from None
         needed = max(needed, end + 8 + len(text))
     if needed > size:
-        raise _damaged(path, f"its tensors need {needed} bytes, the file has {size}")
+        raise damaged(path, f"its tensors need {needed} bytes, the file has {size}")
     if not isinstance(metadata, dict) or any(type(v) is not str for v in metadata.values()):
-        raise _damaged(path, "its metadata is not text")
+        raise damaged(path, "its metadata is not text")
     return Header(path, tensors, metadata)
 
 
 def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
     start = file.read(8)
     if len(start) < 8:
-        raise _damaged(path, f"it has {size} bytes, too few for a header")
+        raise damaged(path, f"it has {size} bytes, too few for a header")
     (length,) = struct.unpack("<Q", start)
     if length > min(MAX_HEADER, size - 8):
-        raise _damaged(path, f"its header claims {length} bytes, the file has {size}")
+        raise damaged(path, f"its header claims {length} bytes, the file has {size}")
     return file.read(length)
 
 
@@ -112,7 +112,7 @@ def read_tensors(header: Header, names: dict[str, str]) -> dict[str, Tensor]:
         with safe_open(header.path, framework="pt", device="cpu") as file:
             return {new: file.get_tensor(old) for old, new in names.items()}
     except Exception as error:  # safetensors' own error type differs by version
-        raise _damaged(header.path, " ".join(str(error).split())) from None
+        raise damaged(header.path, " ".join(str(error).split())) from None
 
 
 def _check_name(path: Path) -> None:
@@ -130,5 +130,6 @@ def _check_name(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist; check the name and the folder")
 
 
-def _damaged(path: Path, why: str) -> CheckpointError:
+def damaged(path: Path, why: str) -> CheckpointError:
+    """The error for a file that stopped early or was altered."""
     return CheckpointError(f"{path.name} is damaged or incomplete: {why}; download it again")

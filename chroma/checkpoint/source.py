@@ -19,7 +19,7 @@ from .read import find_model
 from .reader import TensorInfo
 from .recipe import FLOATS
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING, _SECOND_NAME = "shared.weight", "encoder.embed_tokens.weight"
 
 
@@ -119,7 +119,7 @@ def _joined(parts: list[TensorInfo]) -> TensorInfo:
 
 
 def _empty(info: TensorInfo) -> Tensor:
-    return torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta")
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
 
 
 def _check_complete(

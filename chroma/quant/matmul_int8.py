@@ -37,13 +37,6 @@ def _cpu_has_vnni() -> bool:
     return not _CPU_FLAGS.isdisjoint(flags)
 
 
-def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest int8 per output row, (N, K) -> (N, K) int8 and fp32 scales (N, 1) = absmax / 127."""
-    scale = _row_absmax(weight).float() / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (weight.float() / scale).round_().to(torch.int8), scale
-
-
 def quantise_tokens(x: Tensor, zero_point: int = 0) -> tuple[Tensor, Tensor]:
     """Nearest integers per token, (M, K) -> (M, K) int8 and fp32 scales (M, 1).
 
