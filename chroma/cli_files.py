@@ -8,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .checkpoint.inspect import describe, inspect_file
-from .checkpoint.quantise import Report, quantise_file
+from .checkpoint.quantise import quantise_file
 from .checkpoint.recipe import TARGETS
 
 
@@ -47,16 +47,7 @@ def quantize_model(args: argparse.Namespace) -> list[str]:
         )  # fmt: skip
     if args.report is not None:
         args.report.write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
-    return [str(args.out), summary(report)]
-
-
-def summary(report: Report) -> str:
-    """Size and error of a quantised file in one line."""
-    worst = max(report.layers, key=lambda layer: layer.weight_error)
-    return (
-        f"{report.source_bytes / 1e9:.3f} GB -> {report.bytes / 1e9:.3f} GB; largest relative "
-        f"error {worst.weight_error:.2%} in {worst.name} ({worst.format})"
-    )
+    return [str(args.out), report.summary()]
 
 
 def inspect_models(args: argparse.Namespace) -> list[str]:

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import conditioning, host, host_sampling, loading, sampling, scheduling
+from . import conditioning, host, host_sampling, loading, quantizing, sampling, scheduling
 
 NODES: list[type[io.ComfyNode]] = [
     loading.ChromaLoadModel,
@@ -15,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     scheduling.ChromaModelShift,
     sampling.ChromaSampler,
     sampling.ChromaPreset,
+    quantizing.ChromaQuantize,
 ]
 
 

@@ -65,6 +65,15 @@ class Report:
     source_bytes: int
     bytes: int
 
+    def summary(self) -> str:
+        """Sizes, their ratio and the largest error, in one line."""
+        worst = max(self.layers, key=lambda layer: layer.weight_error)
+        return (
+            f"{self.source_bytes / 1e9:.3f} GB -> {self.bytes / 1e9:.3f} GB "
+            f"({self.bytes / self.source_bytes:.2f} x); largest relative error "
+            f"{worst.weight_error:.2%} in {worst.name} ({worst.format})"
+        )
+
 
 class _Stored(NamedTuple):
     """The tensors by name that are written for one, and the values they stand for, row by row."""
@@ -83,14 +92,16 @@ def quantise_file(
     progress: Progress | None = None,
     *,
     device: torch.device | str = "cpu",
+    resumable: bool = True,
 ) -> Report:
     """Write `out`, the model of `source` (transformer or T5; bf16, fp16 or fp32) as `target`.
 
     target: one of `recipe.TARGETS`. keep: parts of names of tensors that keep their precision.
     calibration: H or inputs of layers, for fp8-learned, which is worked out on `device`; a layer
-    without is rounded to nearest at the best of a few scales. An error or Ctrl-C leaves nothing
-    behind but, for fp8-learned, `<out>.work` with the finished layers, from which the next call
-    goes on. Raises a ChromaError for whatever cannot be read, made or written.
+    without is rounded to nearest at the best of a few scales. An error, Ctrl-C or an exception of
+    `progress`, which is called after each tensor, leaves nothing behind but, for fp8-learned and if
+    `resumable`, `<out>.work` with the finished layers, from which the next call goes on. Raises a
+    ChromaError for whatever cannot be read, made or written.
     """
     recipe = Recipe(target, keep)
     _check_out(source, out, recipe)
@@ -99,10 +110,10 @@ def quantise_file(
     data = Calibration.of(calibration)
     _check_calibration(data, formats, recipe)
     total = sum(_size(info) for info in opened.tensors.values())
-    work = WorkFolder(out.with_name(out.name + ".work"))
+    work = WorkFolder(out.with_name(out.name + ".work")) if resumable else None
     reports: list[LayerReport] = []
     done = 0
-    with _writer(opened, formats, recipe, out) as writer:
+    with _writer(opened, formats, recipe, out, resumable) as writer:
         for name, form in formats.items():
             weight = opened.read(name)
             try:
@@ -119,7 +130,8 @@ def quantise_file(
             done += weight.nbytes
             if progress is not None:
                 progress(done, total, name)
-    work.remove()
+    if work is not None:
+        work.remove()
     return Report(tuple(reports), total, sum(report.bytes for report in reports))
 
 
@@ -155,7 +167,7 @@ def _size(info: TensorInfo) -> int:
 
 @contextmanager
 def _writer(
-    source: Source, formats: Mapping[str, str], recipe: Recipe, out: Path
+    source: Source, formats: Mapping[str, str], recipe: Recipe, out: Path, resumable: bool
 ) -> Iterator[TensorWriter]:
     infos: dict[str, TensorInfo] = {}
     for name, form in formats.items():
@@ -170,7 +182,7 @@ def _writer(
         infos[MARKER] = MARKER_INFO
     size = sum(map(_size, infos.values()))
     # Finished layers lie on the disk a second time until the end.
-    _check_room(out, 2 * size if recipe.target == FP8_LEARNED else size)
+    _check_room(out, 2 * size if resumable and recipe.target == FP8_LEARNED else size)
     metadata = safetensors_metadata(formats, recipe, source.checkpoint.metadata)
     with write_safetensors(out, infos, metadata) as writer:
         if marked:
@@ -195,7 +207,7 @@ def _store(
     form: str,
     recipe: Recipe,
     data: Calibration,
-    work: WorkFolder,
+    work: WorkFolder | None,
     device: torch.device | str,
 ) -> _Stored:
     if recipe.is_gguf:
@@ -224,10 +236,16 @@ def _store(
 
 
 def _learn(
-    layer: str, weight: Tensor, data: Calibration, work: WorkFolder, device: torch.device | str
+    layer: str,
+    weight: Tensor,
+    data: Calibration,
+    work: WorkFolder | None,
+    device: torch.device | str,
 ) -> tuple[Rounded, bool]:
     """The rounded layer, from the work folder if it is there; and whether it was calibrated."""
     gram = data.gram(layer, weight.shape[1])
+    if work is None:
+        return quantise_fp8_learned(weight, gram, device=device), gram is not None
     key = work_key(weight, gram)
     rounded = work.load(layer, key)
     if rounded is None:
@@ -241,7 +259,7 @@ def _as_gguf(name: str, weight: Tensor, form: str) -> _Stored:
         cast = weight.to(DTYPES[form])
         if not bool(torch.isfinite(torch.stack(cast.aminmax())).all()):
             raise ChromaError(
-                f"a value is too large for {form}; keep this tensor with --keep, or choose bf16"
+                f"a value is too large for {form}; keep this tensor as it is, or choose bf16"
             )
         return _Stored({name: cast}, lambda part: cast[part].float())
     rows, columns = _shape(weight)

@@ -1,0 +1,46 @@
+"""Names for new model files: always below a given folder, and never one that is taken."""
+
+import os
+from pathlib import Path, PurePosixPath
+
+from ..errors import CheckpointError
+from .reader import SUFFIXES
+from .recipe import GGUF_TARGETS
+
+# What Windows takes for drives, streams and wildcards, and control characters.
+_FORBIDDEN = {*'<>:"|?*', *map(chr, range(32))}
+
+
+def relative_name(name: str) -> PurePosixPath:
+    """A file's name below a folder, without a model file's ending; `/` and `\\` part subfolders.
+
+    Raises CheckpointError for a name that is empty or leads out of the folder.
+    """
+    name = name.strip()
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.suffix.lower() in (".gguf", *SUFFIXES):
+        path = path.with_suffix("")
+    stays = not path.is_absolute() and ".." not in path.parts
+    if not stays or not path.name or not _FORBIDDEN.isdisjoint(name):
+        raise CheckpointError(
+            f"{name!r} is no name for a new file; expected one inside the models folder, such as "
+            "Chroma1-HD-q8_0, without .., drive or leading /"
+        )
+    return path
+
+
+def new_file(folder: Path, name: str, target: str) -> Path:
+    """Where a file of `target` (of `recipe.TARGETS`) called `name` goes below `folder`.
+
+    The ending comes from the target. Where the name is taken, it gets a number as ComfyUI's saved
+    files do: name_00002_, name_00003_. Raises CheckpointError as `relative_name` does.
+    """
+    path = relative_name(name)
+    suffix = ".gguf" if target in GGUF_TARGETS else ".safetensors"
+    whole = folder / path
+    file, number = whole.with_name(path.name + suffix), 1
+    # Another program may be writing <file>.part right now; see atomic.py.
+    while os.path.lexists(file) or os.path.lexists(f"{file}.part"):
+        number += 1
+        file = whole.with_name(f"{path.name}_{number:05}_{suffix}")
+    return file
