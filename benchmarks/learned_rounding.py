@@ -1,24 +1,36 @@
-"""Output error of learned rounding against rounding to nearest and the published scripts' methods.
+"""Output error of learned rounding against rounding to nearest and the published scripts.
 
-    python benchmarks/learned_rounding.py [--rows N] [--columns K] [--device cuda] [--out FILE]
+    python benchmarks/learned_rounding.py [--small] [--rows N] [--columns K] [--device cuda]
+        [--published SCRIPT.py]... [--out FILE]
 
-Weights are normal (0.02); inputs are correlated, with a few outlier channels. All methods use
-absmax / 448 but ours, which chooses its scale. Errors are tr(E H E^T) on inputs that no method saw,
-over that of rounding to nearest. `--small` compares on the included model's layers instead.
-The published methods are written from their mathematics: they see synthetic normal inputs, or only
-the weight's largest singular vectors.
+Synthetic weights are normal (0.02); their inputs are correlated, with a few outlier channels.
+`--small` takes layers of the included model and what they are fed instead. Errors are tr(E H E^T)
+on inputs that no method saw, over that of rounding to nearest at absmax / 448; `: weights` is the
+same with H the identity, `: bias` with the bias that the script changed.
+
+`--published` runs a converter as its users do, in a process of its own, on a file of these layers:
+a script (or a command line in quotes) that takes --input and --output, such as those of
+github.com/Clybius/Learned-Rounding. Without it, the methods of those scripts are imitated, from
+their mathematics: they see synthetic normal inputs, or only the largest singular vectors.
 """
 
 import argparse
 import json
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from chroma_nodes.chroma.quant.gram import Gram
 from chroma_nodes.chroma.quant.learned import output_error, quantise_fp8_learned
 from chroma_nodes.chroma.quant.round_fp8 import fp8_scale, quantise_fp8, to_e4m3
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # The smallest normal e4m3 number, which the first script takes for the grid's step.
@@ -118,8 +130,51 @@ def correlated(rows: int, columns: int, seed: int, sample: int) -> Tensor:
     return (common + 0.2 * torch.randn(rows, columns, generator=generator)) * size
 
 
+class Layer(NamedTuple):
+    """A weight (N, K), its bias (N,), H of what it is calibrated on, and held-out inputs (n, K)."""
+
+    weight: Tensor
+    bias: Tensor
+    calibration: Gram
+    held_out: Tensor
+
+
+class Converted(NamedTuple):
+    """What a converter made of a layer: e4m3 codes (N, K), their scale () and the bias (N,)."""
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+def convert(command: str, layers: Mapping[str, Layer]) -> dict[str, Converted]:
+    """Run a converter on a file of the layers and read what it wrote."""
+    words = shlex.split(command)
+    if words[0].endswith(".py"):
+        words.insert(0, sys.executable)
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "in.safetensors"), Path(folder, "out.safetensors")
+        tensors = {f"{name}.weight": layer.weight.cpu() for name, layer in layers.items()}
+        tensors |= {f"{name}.bias": layer.bias.cpu() for name, layer in layers.items()}
+        save_file(tensors, source)
+        subprocess.run(
+            [*words, "--input", str(source), "--output", str(out)],
+            check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        made = load_file(out)
+    result = {}
+    for name, layer in layers.items():
+        device = layer.weight.device
+        scale = made.get(f"{name}.scale_weight", made.get(f"{name}.weight_scale"))
+        codes = made[f"{name}.weight"].view(torch.uint8)
+        result[name] = Converted(
+            codes.to(device), scale.reshape(()).to(device), made[f"{name}.bias"].to(device)
+        )
+    return result
+
+
 def compare(weight: Tensor, calibration: Gram, held_out: Gram) -> dict[str, float]:
-    """Held-out output error of each method over that of rounding to nearest, and our seconds."""
+    """Held-out output error of ours and the imitations over that of rounding to nearest."""
     scale = fp8_scale(weight)
     nearest = output_error(weight, quantise_fp8(weight)[0], scale, held_out)
     x = weight.float() / scale
@@ -127,33 +182,86 @@ def compare(weight: Tensor, calibration: Gram, held_out: Gram) -> dict[str, floa
     for name, method in PUBLISHED.items():
         codes = method(x, torch.Generator().manual_seed(0))
         result[name] = output_error(weight, codes, scale, held_out) / nearest
+    return result | ours(weight, calibration, held_out)
+
+
+def ours(weight: Tensor, calibration: Gram, held_out: Gram) -> dict[str, float]:
+    """Learned rounding's errors over those of rounding to nearest, and its seconds."""
     wall, processor = time.perf_counter(), time.process_time()
-    ours = quantise_fp8_learned(weight, calibration, device=weight.device)
-    result["seconds"] = time.perf_counter() - wall
-    result["processor seconds"] = time.process_time() - processor
-    codes, scale = ours.codes.to(weight.device), ours.scale.to(weight.device)
-    result["learned rounding"] = output_error(weight, codes, scale, held_out) / nearest
+    rounded = quantise_fp8_learned(weight, calibration, device=weight.device)
+    seconds = {
+        "learned rounding: seconds": time.perf_counter() - wall,
+        "learned rounding: processor seconds": time.process_time() - processor,
+    }
+    result = {}
+    for name, made in (
+        ("learned rounding", rounded),
+        ("learned rounding, uncalibrated", quantise_fp8_learned(weight, None)),
+    ):
+        codes, scale = made.codes.to(weight.device), made.scale.to(weight.device)
+        result |= errors(name, weight, codes, scale, held_out)
+    return result | seconds
+
+
+def errors(
+    name: str, weight: Tensor, codes: Tensor, scale: Tensor, held_out: Gram
+) -> dict[str, float]:
+    """Errors of a layer's output and of the weights themselves, over those of nearest."""
+    nearest, base = quantise_fp8(weight)
+    return {
+        key: output_error(weight, codes, scale, gram) / output_error(weight, nearest, base, gram)
+        for key, gram in ((name, held_out), (f"{name}: weights", None))
+    }
+
+
+def bias_error(layer: Layer, made: Converted) -> float:
+    """`errors` of a layer's output with the bias it was given: mean |E x - d|^2, d its change."""
+    gram = Gram.of(layer.held_out, layer.weight.shape[1])
+    nearest, base = quantise_fp8(layer.weight)
+    error = layer.weight.float() - made.codes.view(torch.float8_e4m3fn).float() * made.scale
+    change = made.bias.float() - layer.bias.float()
+    total = output_error(layer.weight, made.codes, made.scale, gram)
+    total += float(change.square().sum() - 2 * (error @ layer.held_out.float().mean(0)) @ change)
+    return total / output_error(layer.weight, nearest, base, gram)
+
+
+def measure(layers: Mapping[str, Layer], published: list[str]) -> dict[str, dict[str, float]]:
+    """The comparison of each layer, with the published converters or imitations of them."""
+    result: dict[str, dict[str, float]] = {}
+    for name, (weight, _, calibration, held_out) in layers.items():
+        way = ours if published else compare
+        result[name] = way(weight, calibration, Gram.of(held_out, weight.shape[1]))
+    for command in published:
+        label = " ".join(Path(word).name for word in shlex.split(command))
+        start = time.perf_counter()
+        made = convert(command, layers)
+        seconds = (time.perf_counter() - start) / len(layers)
+        for name, layer in layers.items():
+            gram = Gram.of(layer.held_out, layer.weight.shape[1])
+            codes, scale, bias = made[name]
+            result[name] |= errors(label, layer.weight, codes, scale, gram)
+            if not torch.equal(bias, layer.bias):
+                result[name][f"{label}: bias"] = bias_error(layer, made[name])
+            result[name][f"{label}: seconds"] = seconds
     return result
 
 
-def synthetic(rows: int, columns: int, device: str) -> dict[str, float]:
-    """The comparison for one layer with synthetic weights and inputs."""
+def synthetic(rows: int, columns: int, device: str) -> Layer:
+    """A layer with synthetic weights and inputs."""
     generator = torch.Generator().manual_seed(1)
     weight = (0.02 * torch.randn(rows, columns, generator=generator)).bfloat16().to(device)
-    calibration, held_out = (
-        Gram.of(correlated(count, columns, 2, sample), columns).to(device)
-        for sample, count in enumerate((_CALIBRATION, _HELD_OUT))
-    )
-    return compare(weight, calibration, held_out)
+    bias = (0.02 * torch.randn(rows, generator=generator)).bfloat16().to(device)
+    known = Gram.of(correlated(_CALIBRATION, columns, 2, 0), columns).to(device)
+    return Layer(weight, bias, known, correlated(_HELD_OUT, columns, 2, 1).to(device))
 
 
-def small_model() -> dict[str, dict[str, float]]:
-    """The comparison for layers of the included model; held out are other prompts and seeds."""
+def small_model() -> dict[str, Layer]:
+    """Layers of the included model; held out are other prompts and seeds."""
     from chroma_nodes.chroma.pipeline import Pipeline, Settings, generate
     from chroma_nodes.chroma.quant import calibrate
 
     pipeline = Pipeline.load(dtype=torch.float32, device=torch.device("cpu"))
-    layers = (
+    names = (
         "double_blocks.0.img_attn.qkv", "double_blocks.1.txt_mlp.2", "double_blocks.1.img_mlp.0",
         "single_blocks.1.linear2", "single_blocks.3.linear1",
     )  # fmt: skip
@@ -164,12 +272,13 @@ def small_model() -> dict[str, dict[str, float]]:
         generate(pipeline, prompts, settings=settings, disable_progress=True)
 
     known = calibrate.small_model()
-    others = calibrate.collect(pipeline.transformer, run, layers)
+    others = calibrate.sample(pipeline.transformer, run, names, rows=_HELD_OUT)
     result = {}
-    for layer in layers:
-        weight = pipeline.transformer.get_submodule(layer).weight.detach()
-        grams = (Gram.of(source[layer], weight.shape[1]) for source in (known, others))
-        result[layer] = compare(weight, *grams)
+    for name in names:
+        module = pipeline.transformer.get_submodule(name)
+        weight, bias = (p.detach().bfloat16() for p in (module.weight, module.bias))
+        gram = Gram.of(known[name], weight.shape[1])
+        result[name] = Layer(weight, bias, gram, others[name].float())
     return result
 
 
@@ -181,16 +290,25 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=3072)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--published", action="append", default=[], metavar="SCRIPT")
+    parser.add_argument("--out", type=Path, help="results of other runs in it stay")
     args = parser.parse_args()
     if args.small:
-        results = small_model()
+        layers = small_model()
     else:
-        results = {f"{args.rows} x {args.columns}": synthetic(args.rows, args.columns, args.device)}
-    text = json.dumps(results, indent=2)
-    print(text)
+        size = f"{args.rows} x {args.columns}"
+        layers = {size: synthetic(args.rows, args.columns, args.device)}
+    machine = {
+        "processor": platform.processor() or platform.machine(), "device": args.device,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    results = {"machine": machine, "layers": measure(layers, args.published)}
+    print(json.dumps(results, indent=2))
     if args.out is not None:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        if args.out.exists():
+            known = json.loads(args.out.read_text("utf-8"))
+            results["layers"] = known["layers"] | results["layers"]
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
