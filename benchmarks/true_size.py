@@ -1,11 +1,12 @@
-"""The published model's size: time to load, memory, and seconds of a forward pass on this machine.
+"""The published models' size on this machine: make the files, load them, draw with them.
 
-    python benchmarks/true_size.py WORK [--tokens 40] [--side 256] [--keep] --json FILE
+    python benchmarks/true_size.py WORK [--side 256] [--steps 2] --json FILE
 
-WORK takes a synthetic Chroma of 8.9 billion parameters in Q8_0 (9.7 GB; random weights of realistic
-scale, the approximator and the ends in bf16 as in published files). Loading and running happen in a
-process of their own, whose peak of anonymous memory is what it really needs: mapped pages of the
-file can be dropped at any time.
+WORK takes synthetic files of Chroma (8.9 billion parameters), T5-XXL's encoder (4.8 billion) and
+Flux' autoencoder: random weights of realistic scale in bf16 (27 GB), and one format at a time what
+`quantize` makes of them. Each part runs in a process of its own, which tells the seconds of its
+stages and its memory: anonymous, of mapped files (pages that the system may drop at any time), and
+the peak of both.
 """
 
 import argparse
@@ -16,42 +17,54 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from chroma_nodes.chroma.checkpoint import Kind, load_transformer
+from chroma_nodes.chroma.autoencoder import Autoencoder, AutoencoderConfig
+from chroma_nodes.chroma.checkpoint import (
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+)
+from chroma_nodes.chroma.checkpoint.quantise import quantise_file
 from chroma_nodes.chroma.checkpoint.reader import TensorInfo
-from chroma_nodes.chroma.checkpoint.recipe import Recipe, plan
-from chroma_nodes.chroma.checkpoint.write_gguf import write_gguf
+from chroma_nodes.chroma.checkpoint.write_safetensors import write_safetensors
 from chroma_nodes.chroma.config import ChromaConfig
-from chroma_nodes.chroma.quant.gguf_encode import encode
+from chroma_nodes.chroma.text.t5 import T5Config, T5Encoder
 from chroma_nodes.chroma.transformer import ChromaTransformer
+from torch import nn
 
 # Rows of random numbers that are repeated to fill a matrix.
 TILE = 256
+# Real tokens of the prompts.
+TOKENS = 40
+T5_XXL = T5Config(vocab_size=32128, d_model=4096, heads=64, d_kv=64, d_ff=10240, layers=24)
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "chroma": lambda: ChromaTransformer(ChromaConfig()),
+    "t5xxl": lambda: T5Encoder(T5_XXL),
+    "ae": lambda: Autoencoder(AutoencoderConfig()),
+}
+SUFFIXES = {"bf16": ".safetensors", "q8_0": ".gguf", "fp8": ".safetensors"}
 
 
-def write_model(path: Path, target: str) -> None:
-    """A file of random weights in the shape of Chroma1."""
-    with torch.device("meta"):
-        state = ChromaTransformer(ChromaConfig()).state_dict()
-    infos = {name: TensorInfo("BF16", tuple(t.shape)) for name, t in state.items()}
-    formats = plan(infos, Kind.CHROMA, Recipe(target))
-    stored = {name: TensorInfo(formats[name], info.shape) for name, info in infos.items()}
+def write_model(path: Path, model: str) -> None:
+    """A bf16 file of random weights in the published model's shape."""
     generator = torch.Generator().manual_seed(0)
-    with write_gguf(path, stored, {"general.architecture": "flux"}) as writer:
-        for name, info in stored.items():
-            writer.write(name, _random(name, info, generator))
+    infos = {name: TensorInfo("BF16", shape) for name, shape in shapes(model).items()}
+    with write_safetensors(path, infos, {}) as writer:
+        for name, shape in shapes(model).items():
+            writer.write(name, _random(name, shape, generator).bfloat16())
 
 
-def _random(name: str, info: TensorInfo, generator: torch.Generator) -> torch.Tensor:
-    if len(info.shape) == 1:
-        start = torch.ones if name.endswith("scale") else torch.zeros
-        return start(info.shape, dtype=torch.float32)
-    rows, columns = info.shape
-    tile = torch.randn(TILE, columns, generator=generator) / math.sqrt(columns)
-    data = tile.bfloat16() if info.dtype == "BF16" else encode(info.dtype, tile)
-    return data.repeat(-(-rows // TILE), 1)[:rows].contiguous()
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Weights that keep the variance of what goes through them; norms and biases as at a start."""
+    if len(shape) == 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    rows, inputs = shape[0], math.prod(shape[1:])
+    tile = torch.randn(min(TILE, rows), inputs, generator=generator) / math.sqrt(inputs)
+    return tile.repeat(-(-rows // len(tile)), 1)[:rows].reshape(shape)
 
 
 def memory() -> dict[str, float]:
@@ -61,61 +74,114 @@ def memory() -> dict[str, float]:
     return {name: int(fields[name].split()[0]) / 1e6 for name in ("RssAnon", "RssFile", "VmHWM")}
 
 
-def run(path: Path, side: int, tokens: int) -> dict:
-    """Load, and two forward passes with two rows each, as a step at cfg > 1 makes them."""
-    started = time.perf_counter()
-    model = load_transformer(path, dtype=torch.bfloat16)
-    loaded = time.perf_counter() - started
-    after_load = memory()
-    x = torch.randn(2, 16, side // 8, side // 8, dtype=torch.bfloat16)
-    context = torch.randn(2, tokens, model.config.context_dim, dtype=torch.bfloat16)
-    passes = []
-    with torch.no_grad():
-        for _ in range(3):
-            started = time.perf_counter()
-            finite = bool(torch.isfinite(model(x, torch.full((2,), 0.7), context)).all())
-            passes.append(time.perf_counter() - started)
-    parameters = sum(math.prod(info.shape) for info in _infos(model).values())
-    return {
-        "parameters": parameters, "file_gb": path.stat().st_size / 1e9, "load_s": loaded,
-        "after_load_gb": after_load, "step_s": passes, "after_steps_gb": memory(),
-        "finite": finite, "side": side, "text_tokens": tokens,
-    }  # fmt: skip
+def forget_peak() -> None:
+    """Start measuring the peak anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
-def _infos(model: ChromaTransformer) -> dict[str, TensorInfo]:
+class Stages:
+    """Seconds and memory of one stage after another."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+
+    def run(self, name: str, action: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        forget_peak()
+        started = time.perf_counter()
+        result = action(*args, **kw)
+        self.found[name] = {"s": time.perf_counter() - started, **memory()}
+        return result
+
+
+def quantise(source: Path, target: str, out: Path) -> dict:
+    stages = Stages()
+    stages.run("quantize", quantise_file, source, target, out)
+    largest = max(2 * math.prod(shape) for shape in shapes(source.stem).values())  # of bf16
+    return stages.found["quantize"] | {"largest_tensor_gb": largest / 1e9}
+
+
+def shapes(model: str) -> dict[str, tuple[int, ...]]:
+    """The published model's tensors."""
     with torch.device("meta"):
-        state = ChromaTransformer(model.config).state_dict()
-    return {name: TensorInfo("BF16", tuple(t.shape)) for name, t in state.items()}
+        return {name: tuple(t.shape) for name, t in MODELS[model]().state_dict().items()}
+
+
+@torch.no_grad()
+def draw(files: dict[str, Path], side: int, steps: int) -> dict:
+    """Prompt to picture with the models loaded one after another, at cfg > 1: two rows a step."""
+    stages = Stages()
+    bf16 = torch.bfloat16
+    encoder = stages.run("load T5", load_text_encoder, files["t5xxl"], dtype=bf16)
+    tokens = torch.zeros(2, 512, dtype=torch.int64)
+    tokens[:, :TOKENS] = torch.randint(3, 32000, (2, TOKENS))
+    context = stages.run("encode", encoder, tokens, torch.tensor([TOKENS, TOKENS]))
+    del encoder
+    model = stages.run("load Chroma", load_transformer, files["chroma"], dtype=bf16)
+    x, time_left = torch.randn(2, 16, side // 8, side // 8, dtype=bf16), torch.full((2,), 0.7)
+    velocity = x
+    for step in range(steps):
+        inputs = (x, time_left, context[:, : TOKENS + 1].to(bf16))
+        velocity = stages.run(f"step {step + 1}", model, *inputs)
+    del model
+    vae = stages.run("load AE", load_autoencoder, files["ae"], dtype=torch.float32)
+    picture = stages.run("decode", vae.decode, velocity[:1].float())
+    finite = bool(torch.isfinite(velocity).all() and torch.isfinite(picture).all())
+    sizes = {name: path.stat().st_size / 1e9 for name, path in files.items()}
+    return {"stages": stages.found, "file_gb": sizes, "finite": finite}
+
+
+def apart(*arguments: object) -> dict:
+    """What a process of its own tells."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def measure(work: Path, side: int, steps: int) -> dict:
+    """All formats, the files of each removed before the next is made."""
+    work.mkdir(parents=True, exist_ok=True)
+    sources = {model: work / f"{model}.safetensors" for model in MODELS}
+    for model, path in sources.items():
+        if not path.exists():
+            write_model(path, model)
+    result: dict[str, Any] = {}
+    for name, suffix in SUFFIXES.items():
+        found: dict[str, Any] = {}
+        files = dict(sources)
+        if name != "bf16":
+            for model in ("chroma", "t5xxl"):
+                files[model] = work / f"{model}-{name}{suffix}"
+                made = apart("--make", sources[model], name, files[model])
+                found[f"quantize {model}"] = made
+        found |= apart("--draw", *files.values(), side, steps)
+        for model in files.keys() - {"ae"}:
+            if files[model] != sources[model]:
+                files[model].unlink()
+        result[name] = found
+        print(name, json.dumps(found, indent=1))
+    return result
 
 
 def main() -> None:
+    if sys.argv[1] == "--make":
+        source, target, out = sys.argv[2:]
+        print(json.dumps(quantise(Path(source), target, Path(out))))
+        return
+    if sys.argv[1] == "--draw":
+        *paths, side, steps = sys.argv[2:]
+        files = dict(zip(MODELS, map(Path, paths), strict=True))
+        print(json.dumps(draw(files, int(side), int(steps))))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--side", type=int, default=256)
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--keep", action="store_true", help="keep the synthetic file")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure is not None:
-        print(json.dumps(run(args.measure, args.side, args.tokens)))
-        return
-    args.work.mkdir(parents=True, exist_ok=True)
-    path = args.work / "chroma-synthetic-Q8_0.gguf"
-    if not path.exists():
-        write_model(path, "q8_0")
-    command = [sys.executable, __file__, str(args.work), "--measure", str(path),
-               "--side", str(args.side), "--tokens", str(args.tokens)]  # fmt: skip
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result = json.loads(out.splitlines()[-1])
-    if not args.keep:
-        path.unlink()
+    result = measure(args.work, args.side, args.steps)
     machine = {"torch": torch.__version__, "cores": os.cpu_count(), "machine": platform.machine()}
-    text = json.dumps({"machine": machine, "q8_0": result}, indent=2)
-    print(text)
     if args.json:
-        args.json.write_text(text + "\n")
+        args.json.write_text(json.dumps({"machine": machine} | result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from .devices import best_device
 from .errors import CheckpointError, ChromaError, ImageError, SamplingError
 from .pipeline import Settings
 from .presets import BASE
+from .quant.products import EIGHT_BIT
 from .tiny import files as small
 from .workflow import REGISTRY, Context, apply_overrides, execute, read_prompt, to_interface
 from .workflow.graph import Prompt
@@ -50,7 +51,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--out", type=Path, default=Path("output"), metavar="DIR")
     run.add_argument("--models", type=Path, default=Path("models"), metavar="DIR")
     run.add_argument("--input", type=Path, metavar="DIR", help="else inputs beside the workflow")
-    generate.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of weights")
+    generate.add_argument(
+        "--dtype", default="auto", choices=("auto", *DTYPES, *EIGHT_BIT),
+        help="of weights; int8 and fp8 also multiply the transformer's blocks in 8 bits",
+    )  # fmt: skip
     generate.set_defaults(function=generate_picture)
     run.set_defaults(function=run_workflow)
     quantize = add_file_commands(commands)

@@ -19,6 +19,7 @@ from .errors import CheckpointError, ImageError, SamplingError
 from .guidance import Denoiser
 from .noise import make_noise
 from .presets import BASE
+from .quant.products import EXACT
 from .sampling import StepCallback, sample_latent
 from .text.encoder import TextEncoder
 from .text.find_tokenizer import find_tokenizer
@@ -49,11 +50,13 @@ class Pipeline:
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         expand: bool = False,
+        products: str = EXACT,
     ) -> "Pipeline":
         """Read the files; the small model that ships stands in where none is given.
 
         `device` and `dtype` (of transformer and text encoder) are chosen by what the machine has.
-        Quantised files stay quantised in memory unless `expand` asks for `dtype`.
+        Quantised files stay quantised in memory unless `expand` asks for `dtype`. `products` in
+        "int8" or "fp8" let the transformer's blocks multiply in 8 bits where the device can.
         Raises CheckpointError for a file that does not fit.
         """
         if text_encoder is not None and tokenizer is None and not is_gguf(text_encoder):
@@ -65,7 +68,7 @@ class Pipeline:
         kw: Any = {"dtype": dtype, "device": device, "expand": expand}
         encoder = load_text_encoder(text_encoder or small.TEXT_ENCODER, **kw)
         pipeline = cls(
-            load_transformer(model or small.TRANSFORMER, **kw),
+            load_transformer(model or small.TRANSFORMER, products=products, **kw),
             TextEncoder(_tokenizer(tokenizer, text_encoder), encoder),
             load_autoencoder(vae or small.VAE, dtype=torch.float32, device=device),
             device,

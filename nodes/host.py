@@ -9,6 +9,7 @@ import torch
 
 from ..chroma.devices import cpu_has_bf16
 from ..chroma.errors import CheckpointError
+from ..chroma.quant.products import EIGHT_BIT
 from ..chroma.tiny import files as small
 
 SMALL_CATEGORY = "chroma_small"
@@ -19,6 +20,7 @@ DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
 }
 DTYPE_CHOICES = [AUTO, *DTYPES]
+MODEL_DTYPE_CHOICES = [*DTYPE_CHOICES, *EIGHT_BIT]
 
 
 def register_small_model() -> None:
@@ -70,11 +72,11 @@ def locate(category: str, name: str, small_file: Path) -> Path:
 
 
 def weight_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The dtype a menu entry stands for; None leaves the choice to ComfyUI.
+    """The dtype a menu entry stands for; None, of auto and 8 bits, leaves the choice to ComfyUI.
 
     ComfyUI computes in fp32 on every CPU; bf16 is several times faster where the CPU has it.
     """
-    if choice != AUTO:
+    if choice in DTYPES:
         return DTYPES[choice]
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else None
 

@@ -22,9 +22,10 @@ from ..chroma.checkpoint.load import main_dtype
 from ..chroma.checkpoint.read import expanded, is_plain
 from ..chroma.checkpoint.stored import State
 from ..chroma.config import ChromaConfig
-from ..chroma.quant.layers import place
+from ..chroma.quant.layers import pack, place
+from ..chroma.quant.products import EIGHT_BIT, EXACT, in_8_bits
 from ..chroma.transformer import ChromaTransformer
-from .host import AUTO, compute_natively, weight_dtype
+from .host import DTYPES, compute_natively, weight_dtype
 from .host_quant import HostLinear, QuantPatcher
 from .host_transformer import (
     MEMO,
@@ -123,17 +124,19 @@ def load_model(path: Path, dtype_choice: str) -> ModelPatcher:
     """A MODEL from any Chroma file. Raises CheckpointError.
 
     ComfyUI loads plain weights of the full width, because it streams them in ways of its own. All
-    other files are ours: quantised ones, other widths, other layouts.
+    others are ours: quantised ones, other widths, other layouts, and what multiplies in 8 bits.
     """
     config, state = read_transformer(path)
     with torch.device("meta"):
         check_state(ChromaTransformer(config), state, path)
     dtype = weight_dtype(dtype_choice, management.get_torch_device())
-    if is_full_width(config) and is_plain(state) and is_canonical(path, state):
+    products = dtype_choice if dtype_choice in EIGHT_BIT else EXACT
+    ours = products != EXACT or not is_full_width(config) or not is_plain(state)
+    if not ours and is_canonical(path, state):
         options = {} if dtype is None else {"dtype": dtype}
         patcher = apply_transformer(comfy.sd.load_diffusion_model(str(path), model_options=options))
     else:
-        patcher = _build(config, state, path, dtype, dtype_choice != AUTO)
+        patcher = _build(config, state, path, dtype, dtype_choice in DTYPES, products)
     compute_natively(patcher, dtype)
     return patcher
 
@@ -150,19 +153,29 @@ def is_canonical(path: Path, state: State) -> bool:
 
 
 def build_model(
-    path: Path, dtype: torch.dtype | None, expand: bool = False, disable_dynamic: bool = False
+    path: Path,
+    dtype: torch.dtype | None,
+    expand: bool = False,
+    products: str = EXACT,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """A MODEL of any width from any Chroma file. Raises CheckpointError.
 
-    `expand` turns quantised matrices into `dtype`. `disable_dynamic` is part of the signature by
-    which ComfyUI asks for a second copy; these models are always held whole.
+    `expand` turns quantised matrices into `dtype`; `products` in 8 bits take the blocks' matrices
+    in these. `disable_dynamic` is part of the signature by which ComfyUI asks for a second copy;
+    these models are always held whole.
     """
     config, state = read_transformer(path)
-    return _build(config, state, path, dtype, expand)
+    return _build(config, state, path, dtype, expand, products)
 
 
 def _build(
-    config: ChromaConfig, state: State, path: Path, dtype: torch.dtype | None, expand: bool
+    config: ChromaConfig,
+    state: State,
+    path: Path,
+    dtype: torch.dtype | None,
+    expand: bool,
+    products: str,
 ) -> ModelPatcher:
     settings = HostConfig(core_settings(config))
     device, offload = management.get_torch_device(), management.unet_offload_device()
@@ -174,11 +187,15 @@ def _build(
     )
     if expand:
         state = expanded(state, dtype, management.get_free_memory(offload), path)
+    if products != EXACT:
+        state = in_8_bits(state, products, device)
     settings.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
     model = settings.get_model(state, device=torch.device("meta"))
     place(model.diffusion_model, state, dtype, HostLinear)
+    if device.type == "cpu":
+        pack(model.diffusion_model)
     patcher = QuantPatcher(model.to(offload).eval().requires_grad_(False), device, offload)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, share_modulation)
     if hasattr(patcher, "cached_patcher_init"):
-        patcher.cached_patcher_init = (build_model, (path, dtype, expand))
+        patcher.cached_patcher_init = (build_model, (path, dtype, expand, products))
     return patcher

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import comfy.lora
+import comfy.model_management as management
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -16,6 +17,17 @@ from torch.nn import functional as F
 
 from ..chroma.errors import CheckpointError
 from ..chroma.quant.layers import QuantEmbedding, QuantLinear, StoredWeight
+from ..chroma.quant.prefetch import Lane, Prefetch, cuda_lane
+from ..chroma.quant.products import product
+
+
+def _lane(device: torch.device) -> Lane | None:
+    """Copies beside the computations, unless ComfyUI was told to make none."""
+    # Without streams the count is 0 where ComfyUI uses them by default, and 1 in older versions.
+    told = getattr(management, "NUM_STREAMS", 1) == 0
+    if told or not management.device_supports_non_blocking(device):
+        return None
+    return cuda_lane(device)
 
 
 class _Patched(StoredWeight):
@@ -26,12 +38,17 @@ class _Patched(StoredWeight):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.prefetch = Prefetch(_lane)
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
 
     def patched(self, device: torch.device) -> Tensor:
         """The matrix's values with all patches, (N, K) fp32 on `device`."""
-        weight = self.stored.to(device).dequantise(torch.float32)
+        if torch.compiler.is_compiling():
+            weight = self.stored.to(device).dequantise(torch.float32)
+        else:
+            with self.prefetch.fetch(self, device) as stored:
+                weight = stored.dequantise(torch.float32)
         for function in self.weight_function:
             weight = function(weight)
         return weight
@@ -39,11 +56,12 @@ class _Patched(StoredWeight):
     def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
         """The values of this layer's bytes, fp32, for nodes that merge models.
 
-        ComfyUI hands the bytes over as numbers in any dtype.
+        ComfyUI hands the bytes over as numbers in any dtype; of a packed matrix it has none.
         """
         stored = self.stored.to(weight.device)
-        bytes_ = replace(stored, data=weight.to(stored.data.dtype))
-        return bytes_.dequantise(torch.float32)
+        if weight.numel():
+            stored = replace(stored, data=weight.to(stored.data.dtype))
+        return stored.dequantise(torch.float32)
 
 
 class HostLinear(_Patched, QuantLinear):
@@ -51,13 +69,22 @@ class HostLinear(_Patched, QuantLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if not (self.weight_function or self.bias_function):
+        if self.weight_function or self.bias_function:
+            bias = self._bias(x.device, torch.float32)
+            for function in self.bias_function:
+                bias = function(bias)
+            weight = self.patched(x.device).to(x.dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        if self.weight.device == x.device or torch.compiler.is_compiling():
             return super().forward(x)
-        bias = None if self.bias is None else self.bias.to(x.device, torch.float32)
-        for function in self.bias_function:
-            bias = function(bias)
-        weight = self.patched(x.device).to(x.dtype)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        bias = self._bias(x.device, x.dtype)
+        with self.prefetch.fetch(self, x.device) as stored:
+            return product(x, stored, bias, self.scratch)
+
+    def _bias(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        # The host would else wait here until the GPU has nothing left to do.
+        ahead = device.type == "cuda"
+        return None if self.bias is None else self.bias.to(device, dtype, non_blocking=ahead)
 
 
 class HostEmbedding(_Patched, QuantEmbedding):
@@ -95,6 +122,14 @@ class QuantPatcher(ModelPatcher):
             if isinstance(module, _Patched)
         }
 
+    @cached_property
+    def _prefetch(self) -> Prefetch:
+        """The one of the model's first layer, for all of them."""
+        prefetch = next((m.prefetch for m in self._stored.values()), Prefetch())
+        for module in self._stored.values():
+            module.prefetch = prefetch
+        return prefetch
+
     def _attach(self) -> None:
         for key, module in self._stored.items():
             own = [_Patches(key, self.patches)] if key in self.patches else []
@@ -107,16 +142,19 @@ class QuantPatcher(ModelPatcher):
                 "a quantised model cannot be saved from ComfyUI; expected bf16, so set "
                 "weight_dtype to bf16 in the loader"
             )
+        self._prefetch.clear()
         result = super().load(*args, **kwargs)
         self._attach()
         return result
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
+        self._prefetch.clear()
         result = super().partially_unload(*args, **kwargs)
         self._attach()
         return result
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        self._prefetch.clear()
         result = super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             for module in self._stored.values():
@@ -124,6 +162,11 @@ class QuantPatcher(ModelPatcher):
                 if isinstance(module, QuantLinear):
                     module.scratch.clear()
         return result
+
+    def cleanup(self) -> Any:
+        """After a sampling run, also one that was interrupted with copies on their way."""
+        self._prefetch.clear()
+        return super().cleanup()
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
         """ComfyUI's merge of a LoRA into a weight; quantised ones are patched when used."""

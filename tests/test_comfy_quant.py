@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 from chroma_nodes.chroma.errors import CheckpointError
+from chroma_nodes.chroma.quant.prefetch import Copy
 from chroma_nodes.chroma.text.t5 import T5Config, T5Encoder
 from comfy_inprocess import import_comfyui
 from oracles import SMALL, random_transformer
@@ -20,7 +21,7 @@ import_comfyui()
 import comfy.sd
 import folder_paths
 from chroma_nodes.chroma.transformer import ChromaTransformer
-from chroma_nodes.nodes import host, host_model, host_text
+from chroma_nodes.nodes import host, host_model, host_quant, host_text
 from chroma_nodes.nodes.host_quant import HostLinear
 
 CPU = torch.device("cpu")
@@ -145,6 +146,77 @@ def test_two_loras_and_little_memory_add_up_the_same(tmp_path, state):
         twice.unpatch_model(device_to=CPU)
     assert (streamed - expected).abs().max() <= 1e-4 * expected.std()
     assert torch.equal(unloaded, streamed)
+
+
+class MetaLane:
+    """Counts what is copied to a device whose computations have no values."""
+
+    def __init__(self):
+        self.on_the_way, self.awaited, self.direct = [], 0, 0
+
+    def send(self, weight):
+        self.direct += 1
+        return weight.to("meta")
+
+    def reserve(self, weight):
+        return Copy(weight, weight.to("meta"), None)
+
+    def start(self, copy):
+        self.on_the_way.append(copy)
+
+    def wait(self, copy):
+        self.on_the_way.remove(copy)
+        self.awaited += 1
+        return copy.sent
+
+    def drain(self):
+        self.on_the_way.clear()
+
+
+@pytest.mark.parametrize("patch", [False, True])
+def test_layers_off_the_gpu_are_copied_ahead_and_nothing_is_left(
+    tmp_path, state, monkeypatch, patch
+):
+    lane = MetaLane()
+    monkeypatch.setattr(host_quant, "cuda_lane", lambda _: lane)
+    monkeypatch.setattr(host_quant.management, "NUM_STREAMS", 2)
+    path, _ = write("int8_tensorwise rows", state, tmp_path)
+    patcher = host_model.build_model(path, torch.float32)
+    if patch:
+        monkeypatch.setattr(host_quant._Patches, "__call__", lambda _, weight: weight)
+        patcher.add_patches({f"diffusion_model.{QKV}.weight": (torch.ones(1),)})
+    layers = [m for m in patcher.model.modules() if isinstance(m, HostLinear)]
+
+    def forward(layers):
+        for layer in layers:
+            out = layer(torch.empty(3, layer.in_features, device="meta"))
+            assert out.shape == (3, layer.out_features) and out.is_meta
+
+    for end in ("unpatch_model", "partially_unload", "cleanup", "load"):
+        patcher.patch_model(device_to=CPU, lowvram_model_memory=1000)
+        forward(layers)
+        lane.awaited = lane.direct = 0
+        forward(layers)
+        assert (lane.direct, lane.awaited) == (1, len(layers) - 1)
+        forward(layers[:2])
+        assert lane.on_the_way
+        {"unpatch_model": lambda: patcher.unpatch_model(CPU), "cleanup": patcher.cleanup,
+         "partially_unload": lambda: patcher.partially_unload(CPU, 0),
+         "load": lambda: patcher.load(CPU)}[end]()  # fmt: skip
+        assert not lane.on_the_way
+    patcher.unpatch_model(CPU)
+
+
+def test_comfyui_can_be_told_to_copy_nothing_ahead(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(host_quant, "cuda_lane", lambda _: "lane")
+    monkeypatch.setattr(host_quant.management, "NUM_STREAMS", 2)
+    assert host_quant._lane(gpu) == "lane"
+    monkeypatch.setattr(host_quant.management, "NUM_STREAMS", 0)
+    assert host_quant._lane(gpu) is None
+    monkeypatch.setattr(host_quant.management, "NUM_STREAMS", 2)
+    monkeypatch.setattr(host_quant.management, "device_supports_non_blocking", lambda _: False)
+    assert host_quant._lane(gpu) is None
 
 
 def test_merging_nodes_read_the_values(tmp_path, state):

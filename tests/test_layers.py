@@ -10,9 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("chroma", "samplers", "schedulers")
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "latent_preview"}
-# Training and its data, and the kernels for GPUs, need more than torch; nothing else imports them.
+# Training and its data need more than torch; nothing else imports them.
 TOOLS = {"chroma/tiny/" + n for n in ("build.py", "captions.py", "dataset.py", "train.py")}
-TOOLS.add("chroma/quant/triton_kernels.py")
 
 
 def modules(layer: str) -> list[str]:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from chroma_nodes.chroma.quant.floats import E4M3, INT8
-from chroma_nodes.chroma.quant.matmul_exact import Scratch, linear
+from chroma_nodes.chroma.quant.matmul_exact import linear
+from chroma_nodes.chroma.quant.scratch import Scratch
 from chroma_nodes.chroma.quant.tensor import QuantTensor
 from torch import Tensor
 from torch.nn import functional as F

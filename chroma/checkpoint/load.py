@@ -10,7 +10,8 @@ from torch import nn
 
 from ..autoencoder import Autoencoder
 from ..devices import free_memory
-from ..quant.layers import QuantLinear, place
+from ..quant.layers import QuantLinear, pack, place
+from ..quant.products import EXACT, in_8_bits
 from ..quant.tensor import QuantTensor
 from ..text.t5 import T5Encoder
 from ..transformer import ChromaTransformer
@@ -29,14 +30,17 @@ def load_transformer(
     device: torch.device | str = "cpu",
     operations: Any = nn,
     expand: bool = False,
+    products: str = EXACT,
 ) -> ChromaTransformer:
     """A transformer ready to run, in the file's own dtype unless one is given.
 
     Quantised matrices stay as they are stored unless `expand` asks for them in that dtype.
+    With `products` "int8" or "fp8" the blocks multiply in 8 bits if the device can; on a CPU the
+    model then stays there.
     """
     config, state = read_transformer(path)
     model = _build(path, ChromaTransformer, config, operations)
-    return fill(model, state, path, dtype, device, expand)
+    return fill(model, state, path, dtype, device, expand, products)
 
 
 def load_text_encoder(
@@ -87,6 +91,7 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device | str,
     expand: bool,
+    products: str = EXACT,
 ) -> Model:
     """Give a model on the meta device its weights, without a second copy where none is needed.
 
@@ -97,8 +102,14 @@ def fill(
     dtype = dtype or main_dtype(state)
     if expand:
         state = expanded(state, dtype, free_memory(device), path)
+    device = torch.device(device)
+    if products != EXACT:
+        state = in_8_bits(state, products, device)
     place(model, state, dtype, QuantLinear)
-    return model.to(device=device).eval().requires_grad_(False)
+    model = model.to(device=device).eval().requires_grad_(False)
+    if device.type == "cpu":
+        pack(model)
+    return model
 
 
 def main_dtype(state: State) -> torch.dtype:

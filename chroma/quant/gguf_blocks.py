@@ -13,7 +13,7 @@ _DIAGONAL = 0x8040201008040201 - (1 << 64)
 
 def halves(blocks: Tensor, start: int) -> Tensor:
     """The fp16 number at byte `start` of every block (R, n, bytes), as fp32 (R, n, 1)."""
-    return blocks[..., start : start + 2].contiguous().view(torch.float16).float()
+    return blocks.view(torch.float16)[..., start // 2 : start // 2 + 1].float()
 
 
 def unpacked(data: Tensor, bits: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Which fast products this device has, and why not where it has none."""
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 
+from .fused import can_compile
 from .matmul_fp8 import has_fp8_matmul
 from .matmul_int8 import has_int8
 
@@ -13,25 +13,25 @@ from .matmul_int8 import has_int8
 class Kernels:
     """What a device can do, and in `reasons`, by the same names, one line each on why or why not.
 
-    `triton` says that the kernels can run; they are used only where the user asks for them.
+    `compiled` says that stored matrices can be expanded by compiled functions.
     """
 
     int8: bool
     fp8_matmul: bool
-    triton: bool
+    compiled: bool
     reasons: dict[str, str]
 
 
 def available(device: torch.device) -> Kernels:
     """The fast products of one device."""
     int8, fp8 = has_int8(device), has_fp8_matmul(device)
-    triton, triton_reason = _triton(device)
+    compiled = can_compile(device)
     reasons = {
         "int8": _int8_reason(device, int8),
         "fp8_matmul": _fp8_reason(device, fp8),
-        "triton": triton_reason,
+        "compiled": _compiled_reason(device, compiled),
     }
-    return Kernels(int8, fp8, triton, reasons)
+    return Kernels(int8, fp8, compiled, reasons)
 
 
 def _int8_reason(device: torch.device, there: bool) -> str:
@@ -48,9 +48,9 @@ def _fp8_reason(device: torch.device, there: bool) -> str:
     return f"needs an NVIDIA GPU of compute capability 8.9 or more, and this is {device.type}"
 
 
-def _triton(device: torch.device) -> tuple[bool, str]:
-    if importlib.util.find_spec("triton") is None:
-        return False, "the package triton is not installed"
-    if device.type not in ("cuda", "xpu"):
-        return False, f"triton's kernels do not run on {device.type}"
-    return True, "the package triton is installed"
+def _compiled_reason(device: torch.device, there: bool) -> str:
+    if device.type == "cpu":
+        return "a C++ compiler is installed" if there else "no C++ compiler is installed"
+    if device.type == "cuda":
+        return f"the package triton is {'' if there else 'not '}installed"
+    return f"torch compiles these functions for CPUs and CUDA, and this is {device.type}"

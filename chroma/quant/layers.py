@@ -6,7 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .matmul_exact import Scratch, linear
+from .floats import INT8
+from .matmul_int8 import PackedWeight, prepack
+from .products import product
+from .scratch import Scratch
 from .tensor import QuantTensor
 
 MakeLinear = Callable[[QuantTensor, Tensor | None, Scratch], nn.Module]
@@ -28,14 +31,19 @@ class StoredWeight(nn.Module):
     @property
     def stored(self) -> QuantTensor:
         """The matrix, where its parameters are now."""
+        return self._held()
+
+    def _held(self) -> QuantTensor:
         return replace(self._described, data=self.weight.data, scale=self.weight_scale)
 
 
 class QuantLinear(StoredWeight):
-    """y = x W^T + b in x's dtype, with W's exact values.
+    """y = x W^T + b in x's dtype: with W's exact values, or in 8 bits where W is marked so.
 
     `scratch` lends the memory in which W is decoded; the layers of one model share it.
     """
+
+    packed: PackedWeight | None = None
 
     def __init__(self, weight: QuantTensor, bias: Tensor | None, scratch: Scratch) -> None:
         super().__init__(weight)
@@ -46,7 +54,20 @@ class QuantLinear(StoredWeight):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), where x is: a matrix kept elsewhere is sent there in its bytes."""
         bias = None if self.bias is None else self.bias.to(x)
-        return linear(x, self.stored.to(x.device), bias, self.scratch)
+        return product(x, self._held().to(x.device), bias, self.scratch, self.packed)
+
+    @property
+    def stored(self) -> QuantTensor:
+        """The matrix, where its parameters are now."""
+        weight = self._held()
+        return weight if self.packed is None else replace(weight, data=self.packed.unpacked())
+
+    def pack(self) -> None:
+        """Hold a matrix for int8 products in this CPU's own layout, instead of its bytes."""
+        weight = self.stored
+        if weight.eight_bit and weight.format is INT8:
+            self.packed = prepack(weight.data)
+            self.weight = nn.Parameter(weight.data.new_empty(0), requires_grad=False)
 
 
 class QuantEmbedding(StoredWeight):
@@ -61,6 +82,13 @@ class QuantEmbedding(StoredWeight):
         """(...) int64 -> (..., K) in `out_dtype`, else in the dtype given at the start."""
         rows = self.stored.rows(tokens.flatten().to(self.weight.device))
         return rows.to(tokens.device, out_dtype or self.dtype).unflatten(0, tokens.shape)
+
+
+def pack(model: nn.Module) -> None:
+    """Prepare a model that stays on its CPU for int8 products, layer by layer."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.pack()
 
 
 def place(

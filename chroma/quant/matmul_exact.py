@@ -9,33 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .scratch import Scratch
 from .tensor import QuantTensor
-
-
-class Scratch:
-    """Room for one expanded matrix per device and dtype, used again by every layer of a model.
-
-    A matrix lives in it only from its expansion to the product that follows, so one thread and one
-    stream at a time may use it. Fresh pages cost more than the expansion itself on CPUs.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised (N, K) tensor that overlaps every other one taken from here."""
-        size = shape[0] * shape[1]
-        buffer = self._buffers.get((device, dtype))
-        if buffer is None or buffer.numel() < size:
-            self._buffers.pop((device, dtype), None)  # freed before the larger one is asked for
-            with torch.inference_mode(False):  # or a backward pass could not use it later
-                buffer = torch.empty(size, dtype=dtype, device=device)
-            self._buffers[device, dtype] = buffer
-        return buffer[:size].view(shape)
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._buffers.clear()
 
 
 def linear(
@@ -52,10 +27,12 @@ def linear(
 
 
 def _expand(weight: QuantTensor, dtype: torch.dtype, scratch: Scratch | None) -> Tensor:
+    if torch.compiler.is_compiling():  # of the whole model: it plans its memory itself
+        return weight.rows(slice(None)).to(dtype)
     if scratch is None:
         return weight.dequantise(dtype)
     with torch.no_grad():
-        return weight.dequantise(dtype, scratch.take(weight.shape, dtype, weight.data.device))
+        return scratch.expand(weight, dtype)
 
 
 class _Product(torch.autograd.Function):

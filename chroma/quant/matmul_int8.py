@@ -5,19 +5,28 @@ Shapes: M tokens, N output features, K input features. The sum over K is exact i
 
 import functools
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .scratch import Scratch
+
+_MAX_INT8 = 127
 # Tokens quantised at a time: the fp32 intermediate stays in the processor's cache.
 _CHUNK = 128
+# Elements of the activations.
+_WORTH_COMPILING = 2**20
+# Output features and tokens of one product.
+_PART_ROWS, _PART_TOKENS = 3072, 1024
 # oneDNN's fast kernels multiply unsigned activations; with signed ones it falls back to a
 # reference kernel that is four orders of magnitude slower.
 _ZERO_POINT = 128
 _CPU_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _INT_MM_MIN_TOKENS = 17
+_MULTIPLE = 8
 
 
 def has_int8(device: torch.device) -> bool:
@@ -37,23 +46,54 @@ def _cpu_has_vnni() -> bool:
     return not _CPU_FLAGS.isdisjoint(flags)
 
 
-def quantise_tokens(x: Tensor, zero_point: int = 0) -> tuple[Tensor, Tensor]:
-    """Nearest integers per token, (M, K) -> (M, K) int8 and fp32 scales (M, 1).
+def quantise_tokens(
+    x: Tensor, zero_point: int = 0, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor]:
+    """Nearest integers per token, (M, K) -> (M, K) int8 and bf16 scales (M, 1).
 
     x = scale * (integer - zero point). With zero point 128 the integers are uint8. The scale is
     absmax / 127 rounded to bf16, so that a product in bf16 can be scaled without a second error;
     that rounding is too small to carry an integer past 127. A token that is not finite gets a
-    scale that is not finite.
+    scale that is not finite. The integers are in `scratch`'s memory where it is given.
     """
-    scale = (_row_absmax(x).float() / 127).bfloat16().float()
-    inverse = torch.where(scale > 0, scale, 1.0).reciprocal_()
-    out = torch.empty(x.shape, dtype=torch.uint8 if zero_point else torch.int8, device=x.device)
-    for start in range(0, len(x), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        values = x[part].to(torch.float32, copy=True).mul_(inverse[part])
-        # Cut off to integers by the copy: above zero that is half a step from rounding.
-        out[part].copy_(values.add_(zero_point + 0.5) if zero_point else values.round_())
+    dtype = torch.uint8 if zero_point else torch.int8
+    scratch = scratch or Scratch()
+    out = scratch.take((len(x), x.shape[1]), dtype, x.device)
+    scale = torch.empty(len(x), 1, dtype=torch.bfloat16, device=x.device)
+
+    def find_scales() -> None:
+        scale.copy_(_row_absmax(x).float() / _MAX_INT8)
+
+    def by_parts() -> None:
+        for start in range(0, len(x), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            values = x[part].to(torch.float32, copy=True).mul_(_inverse(scale[part])).round_()
+            out[part].copy_(values.add_(zero_point))
+
+    if x.numel() < _WORTH_COMPILING:
+        find_scales()
+        by_parts()
+    else:
+        scratch.fused.run(find_scales, _find_scales, (x,), (scale,))
+        scratch.fused.run(by_parts, _unsigned if zero_point else _signed, (x, scale), (out,))
     return out, scale
+
+
+def _find_scales(x: Tensor, scale: Tensor) -> None:
+    scale.copy_(x.float().abs().amax(-1, keepdim=True) / _MAX_INT8)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    values = scale.float()
+    return torch.where(values > 0, values, 1.0).reciprocal()
+
+
+def _signed(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    out.copy_((x.float() * _inverse(scale)).round())
+
+
+def _unsigned(x: Tensor, scale: Tensor, out: Tensor) -> None:
+    out.copy_((x.float() * _inverse(scale)).round() + _ZERO_POINT)
 
 
 def _row_absmax(x: Tensor) -> Tensor:
@@ -62,74 +102,101 @@ def _row_absmax(x: Tensor) -> Tensor:
     return x.view(integer).bitwise_and(mask).amax(-1, keepdim=True).view(x.dtype)
 
 
-def prepack(weight: Tensor) -> Tensor:
-    """The weight (N, K) int8 as `linear_int8` wants it here: once per layer, not per product.
+@dataclass(frozen=True)
+class PackedWeight:
+    """An int8 weight in oneDNN's opaque layout, in parts of some rows; it stays on its CPU."""
 
-    On CPUs with int8 instructions oneDNN's opaque layout (int8, `is_mkldnn`), which neither moves
-    to another device nor is saved; elsewhere the weight itself.
-    """
-    if weight.device.type == "cpu" and has_int8(weight.device):
-        return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
-    return weight
+    parts: tuple[Tensor, ...]
+    shape: tuple[int, int]
+
+    def unpacked(self) -> Tensor:
+        """The weight, int8 (N, K)."""
+        return torch.cat([part.to_dense().t() for part in self.parts])  # packed as (K, rows)
 
 
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., K) times weight int8 (N, K), as stored or from `prepack`, scale fp32 () or (N, 1).
+def prepack(weight: Tensor) -> PackedWeight:
+    """The weight (N, K) int8 as a CPU's int8 instructions want it: once per layer."""
+    parts = [torch.ops.onednn.qlinear_prepack(part, None) for part in _parts(weight)]
+    return PackedWeight(tuple(parts), (weight.shape[0], weight.shape[1]))
 
-    Tokens are quantised one by one. Where there is no fast int8 product, or x needs a gradient,
-    the weight is de-quantised and x is not quantised.
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.contiguous().split(_PART_ROWS)
+
+
+def takes_int8(shape: tuple[int, int]) -> bool:
+    """Whether a weight (N, K) has the multiples of 8 that cuBLAS asks for."""
+    return shape[0] % _MULTIPLE == 0 and shape[1] % _MULTIPLE == 0
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    scale: Tensor,
+    bias: Tensor | None,
+    scratch: Scratch | None = None,
+) -> Tensor:
+    """x (..., K) times weight int8 (N, K), packed on CPUs, scale fp32 () or (N, 1), -> (..., N).
+
+    For devices with `has_int8` and weights with `takes_int8`. Tokens are quantised one by one.
+    Not differentiable: x must not need a gradient.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    if differentiable or tokens.numel() == 0:
-        y = _dequantised(tokens, weight, scale, bias)
-    elif weight.is_mkldnn:
-        y = _onednn(tokens, weight, scale, bias)
-    elif has_int8(x.device) and x.device.type != "cpu" and _int_mm_takes(weight):
-        y = _int_mm(tokens, weight, scale, bias)
+    if tokens.numel() == 0:
+        return x.new_zeros(*x.shape[:-1], weight.shape[0])
+    if isinstance(weight, PackedWeight):
+        y = _onednn(tokens, weight, scale, bias, scratch)
     else:
-        y = _dequantised(tokens, weight, scale, bias)
+        y = _int_mm(tokens, weight, scale, bias, scratch)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _dequantised(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if weight.is_mkldnn:
-        weight = weight.to_dense().t()  # packed as (K, N)
-    return F.linear(x, weight.float().mul_(scale).to(x.dtype), bias)
-
-
-def _onednn(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    integers, token_scale = quantise_tokens(x, _ZERO_POINT)
-    features = packed.shape[1]
-    row_scales = scale.expand(features, 1).contiguous().view(-1)
+def _onednn(
+    x: Tensor, packed: PackedWeight, scale: Tensor, bias: Tensor | None, scratch: Scratch | None
+) -> Tensor:
+    """Some tokens by some output features at a time, whose sums are scaled in the cache."""
     # fp16 could overflow before the token's scale is applied
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-    y = torch.ops.onednn.qlinear_pointwise(
+    scales = _parts(scale.expand(packed.shape[0], 1).flatten())
+    biases = [None] * len(scales) if bias is None else _parts(bias.to(dtype))
+    out = x.new_empty(len(x), packed.shape[0], dtype=dtype)
+    for tokens, rows in zip(x.split(_PART_TOKENS), out.split(_PART_TOKENS), strict=True):
+        integers, token_scale = quantise_tokens(tokens, _ZERO_POINT, scratch)
+        places = rows.split(_PART_ROWS, dim=1)
+        for place, *part in zip(places, packed.parts, scales, biases, strict=True):
+            weight, row_scales, own_bias = part
+            sums = _sums(integers, weight, row_scales, dtype)
+            _scale_tokens(sums, token_scale, own_bias, place)
+    return out.to(x.dtype)
+
+
+def _sums(integers: Tensor, weight: Tensor, row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The integer product, scaled by the weight's rows."""
+    return torch.ops.onednn.qlinear_pointwise(
         integers, 1.0, _ZERO_POINT,
-        packed, row_scales, torch.zeros(features, dtype=torch.int32),
+        weight, row_scales, torch.zeros(len(row_scales), dtype=torch.int32),
         None, 1.0, 0, dtype, "none", [], "",
     )  # fmt: skip
-    return _scale_tokens(y, token_scale, bias, x.dtype)
 
 
-def _int_mm_takes(weight: Tensor) -> bool:
-    return weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
-
-
-def _int_mm(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _int_mm(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch | None
+) -> Tensor:
     """cuBLAS's int8 product, which asks for more than 16 tokens."""
-    integers, token_scale = quantise_tokens(x)
+    integers, token_scale = quantise_tokens(x, scratch=scratch)
     missing = _INT_MM_MIN_TOKENS - len(x)
     if missing > 0:
         integers = F.pad(integers, (0, 0, 0, missing))
     product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
     sums = product(integers, weight.t())[: len(x)]
     y = sums.float().mul_(scale.expand(weight.shape[0], 1).flatten())
-    return _scale_tokens(y, token_scale, bias, x.dtype)
+    bias = None if bias is None else bias.float()
+    return _scale_tokens(y, token_scale, bias, y).to(x.dtype)
 
 
-def _scale_tokens(y: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """scale * y + bias; the scales are exact in bf16."""
+def _scale_tokens(y: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """scale * y + bias into `out`; the scales are exact in bf16."""
     scale = scale.to(y.dtype)
-    y = y.mul_(scale) if bias is None else torch.addcmul(bias.to(y.dtype), y, scale)
-    return y.to(dtype)
+    if bias is None:
+        return torch.mul(y, scale, out=out)
+    return torch.addcmul(bias, y, scale, out=out)

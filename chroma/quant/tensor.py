@@ -42,8 +42,9 @@ class Format:
 class QuantTensor:
     """A stored matrix: `data` (N, row bytes / element size), `scale` fp32 () or (N, 1) or None.
 
-    For products in 8 bits: `input_scale` is the file's scale of the activations, where it has one;
-    `full_precision` says that the file's maker wants this matrix multiplied in 16 or 32 bits.
+    For products in 8 bits: `eight_bit` asks for them; `input_scale` is the file's scale of the
+    activations, where it has one; `full_precision` says that the file's maker wants this matrix
+    multiplied in 16 or 32 bits.
     """
 
     format: Format
@@ -52,6 +53,7 @@ class QuantTensor:
     shape: tuple[int, int]
     input_scale: float | None = None
     full_precision: bool = False
+    eight_bit: bool = False
 
     @property
     def ndim(self) -> int:

@@ -10,6 +10,7 @@ from ..checkpoint.container import is_gguf
 from ..devices import best_dtype
 from ..errors import WorkflowError
 from ..presets import PRESETS
+from ..quant.products import EIGHT_BIT, EXACT
 from ..text.encoder import PadRule, TextEncoder
 from ..text.find_tokenizer import find_tokenizer
 from ..tiny import files as small
@@ -18,6 +19,7 @@ from .values import Context, Model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE = Input("weight_dtype", "COMBO", "auto", choices=("auto", *DTYPES))
+MODEL_DTYPE = Input("weight_dtype", "COMBO", "auto", choices=("auto", *DTYPES, *EIGHT_BIT))
 MODEL = Input("model", "MODEL")
 STEPS = Input("steps", "INT", 26, 1, 10_000)
 DENOISE = Input("denoise", "FLOAT", 1.0, 0.0, 1.0)
@@ -25,14 +27,19 @@ COMPAT = Input("compat", "BOOLEAN", False)
 
 
 def _dtype(context: Context, choice: str) -> torch.dtype:
-    return best_dtype(context.device) if choice == "auto" else DTYPES[choice]
+    return DTYPES.get(choice) or best_dtype(context.device)
 
 
 def load_model(context: Context, model_name: str, weight_dtype: str):
     path = context.locate("diffusion_models", model_name)
-    dtype = _dtype(context, weight_dtype)
-    expand = weight_dtype != "auto"
-    return (Model(load_transformer(path, dtype=dtype, device=context.device, expand=expand)),)
+    model = load_transformer(
+        path,
+        dtype=_dtype(context, weight_dtype),
+        device=context.device,
+        expand=weight_dtype in DTYPES,
+        products=weight_dtype if weight_dtype in EIGHT_BIT else EXACT,
+    )
+    return (Model(model),)
 
 
 def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
@@ -48,7 +55,7 @@ def load_clip(context: Context, text_encoder_name: str, weight_dtype: str):
             "put T5's tokenizer.json there"
         )
     dtype = _dtype(context, weight_dtype)
-    expand = weight_dtype != "auto"
+    expand = weight_dtype in DTYPES
     model = load_text_encoder(path, dtype=dtype, device=context.device, expand=expand)
     return (TextEncoder(find_tokenizer(tokenizer, path), model),)
 
@@ -99,7 +106,7 @@ def _side(name: str) -> Input:
 NODES = (
     NodeType(
         "ChromaLoadModel",
-        (Input("model_name", "COMBO", small.LABEL, folder="diffusion_models"), DTYPE),
+        (Input("model_name", "COMBO", small.LABEL, folder="diffusion_models"), MODEL_DTYPE),
         (("MODEL", "MODEL"),),
         load_model,
     ),

@@ -9,6 +9,7 @@ from ...schedulers import SCHEDULERS
 from ..errors import SamplingError
 from ..pipeline import Settings, latent_size
 from ..presets import BASE
+from ..quant.products import EIGHT_BIT
 from ..tiny import files as small
 
 SCHEDULER_NODES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,7 +58,8 @@ def text_to_image(
         ),
         "2": node(
             "ChromaLoadTextEncoder", "Text encoder",
-            text_encoder_name=names["text_encoder"], weight_dtype=weight_dtype,
+            text_encoder_name=names["text_encoder"],
+            weight_dtype="auto" if weight_dtype in EIGHT_BIT else weight_dtype,
         ),
         "3": node("ChromaLoadVAE", "VAE", vae_name=names["vae"]),
         "4": node(
