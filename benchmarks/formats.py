@@ -55,6 +55,8 @@ def main() -> None:
     fp32 = Pipeline.load(dtype=torch.float32)
     reference, _ = render(bf16, settings)
     rows = {"bf16 weights, fp32 products": {"psnr": psnr(render(fp32, settings)[0], reference)}}
+    int8 = Pipeline.load(dtype=torch.bfloat16, products="int8")
+    rows["bf16 weights, int8 products"] = {"psnr": psnr(render(int8, settings)[0], reference)}
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
             suffix = ".gguf" if target in GGUF_TARGETS else ".safetensors"
