@@ -67,7 +67,7 @@ def test_a_lora_and_nodes_that_merge_get_the_values(files):
 
 
 def test_a_device_without_fp8_products_says_so_and_stays_exact(files, caplog):
-    path, meant = files
+    path, _ = files
     y = run(load(path, "fp8"))
     (message,) = [m for m in caplog.messages if "Products" in m]
     assert message.startswith("Products in fp8 are not possible here: needs an NVIDIA GPU")
