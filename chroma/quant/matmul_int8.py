@@ -163,10 +163,9 @@ def _onednn(
     for tokens, rows in zip(x.split(_PART_TOKENS), out.split(_PART_TOKENS), strict=True):
         integers, token_scale = quantise_tokens(tokens, _ZERO_POINT, scratch)
         places = rows.split(_PART_ROWS, dim=1)
-        for place, *part in zip(places, packed.parts, scales, biases, strict=True):
-            weight, row_scales, own_bias = part
-            sums = _sums(integers, weight, row_scales, dtype)
-            _scale_tokens(sums, token_scale, own_bias, place)
+        for i, weight in enumerate(packed.parts):
+            sums = _sums(integers, weight, scales[i], dtype)
+            _scale_tokens(sums, token_scale, biases[i], places[i])
     return out.to(x.dtype)
 
 
