@@ -152,10 +152,13 @@ def generate(
     )  # fmt: skip
     noise = make_noise((len(prompts), LATENT_CHANNELS, h, w), settings.seed).to(pipeline.device)
     cond = pipeline.text_encoder.encode(prompts)
-    uncond = None if settings.cfg == 1 else pipeline.text_encoder.encode([negative])
+    # CFG++ samplers look at the negative prompt at every scale.
+    alone = settings.cfg == 1 and not settings.sampler.endswith("cfg_pp")
+    uncond = None if alone else pipeline.text_encoder.encode([negative])
     denoiser = Denoiser(pipeline.transformer, cond, uncond, settings.cfg)
     latent = sample_latent(
         denoiser, sampler, sigmas.to(pipeline.device), noise, torch.zeros_like(noise),
+        seed=settings.seed,
         callback=callback, disable_progress=disable_progress,
     )  # fmt: skip
     return decode(pipeline.autoencoder, latent)

@@ -28,13 +28,15 @@ def sample_latent(
     latent: Tensor,
     *,
     mask: Tensor | None = None,
+    seed: int | None = None,
     callback: StepCallback | None = None,
     disable_progress: bool = False,
 ) -> Tensor:
     """Noise `latent` to sigmas[0], integrate to sigmas[-1], return the latent, fp32.
 
     noise, latent: (B, 16, h, w); latent is zero for text-to-image. sigmas: (steps + 1,) falling.
-    mask: 1 where the picture may change, at any size. With fewer than two sigmas the latent comes
+    mask: 1 where the picture may change, at any size. seed: of the noise that stochastic samplers
+    add. With fewer than two sigmas the latent comes
     back as it is. Where the last sigma is not 0 the result is divided by 1 minus it, as in ComfyUI,
     so that another run can take it up.
     """
@@ -44,5 +46,6 @@ def sample_latent(
     if mask is not None:
         model = InpaintDenoiser(model, fit_mask(mask, latent), latent, noise)
     x = first * noise + (1 - first) * latent
-    x = sampler(model, x, sigmas, callback=callback, disable=disable_progress)
+    extra = {} if seed is None else {"seed": seed}
+    x = sampler(model, x, sigmas, extra_args=extra, callback=callback, disable=disable_progress)
     return x / (1 - last)

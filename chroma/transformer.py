@@ -9,6 +9,7 @@ from .approximator import Approximator, ModulationTable, approximator_input
 from .blocks import DoubleBlock, FinalLayer, SingleBlock, layer_norm, run_double, run_single
 from .config import THETA, ChromaConfig
 from .latents import pack, pad_to_patch, position_ids, text_mask, unpack
+from .nag import NAG, join
 from .ops import Attention, modulate, rope_table, sdpa
 
 
@@ -59,12 +60,14 @@ class ChromaTransformer(nn.Module):
         lengths: Tensor | None = None,
         *,
         table: ModulationTable | None = None,
+        nag: NAG | None = None,
     ) -> Tensor:
         """Velocity (noise minus image) at `latent` (B, 16, h, w).
 
         sigma: (B,) in [0, 1], 1 is pure noise. context: text embedding (B, T, context_dim).
         lengths: (B,) tokens of each row that exist, where they differ. table: the modulation
-        at these sigmas, when the caller has it already; it is made once here otherwise.
+        at these sigmas, when the caller has it already; it is made once here otherwise. nag: a
+        negative prompt inside the attention.
         """
         h, w = latent.shape[-2:]
         latent = pad_to_patch(latent)
@@ -74,7 +77,12 @@ class ChromaTransformer(nn.Module):
         mask = None
         if lengths is not None and bool((lengths != context.shape[1]).any()):
             mask = text_mask(lengths, context.shape[1], tokens.shape[1], latent.dtype)
-        velocity = self.run(tokens, context, table, latent.shape[-2:], mask)
+        attention = self.attention
+        if nag is not None:
+            context, joint = join(nag, context, sigma, tokens.shape[1])
+            if joint is not None:
+                attention = joint.wrap(attention)
+        velocity = self.run(tokens, context, table, latent.shape[-2:], mask, attention)
         return unpack(velocity, *latent.shape[-2:])[..., :h, :w]
 
     def run(
@@ -84,9 +92,10 @@ class ChromaTransformer(nn.Module):
         table: ModulationTable,
         size: torch.Size | tuple[int, int],
         mask: Tensor | None,
+        attention: Attention | None = None,
     ) -> Tensor:
         """Velocity of packed tokens (B, L, 64); size is the even latent's height and width."""
-        heads, attention = self.config.heads, self.attention
+        heads, attention = self.config.heads, attention or self.attention
         img, txt = self.img_in(tokens), self.txt_in(context)
         ids = position_ids(txt.shape[1], size[0], size[1], tokens.device)
         rope = rope_table(ids, self.config.rope_axes, THETA)

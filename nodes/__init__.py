@@ -2,7 +2,17 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import conditioning, host, host_sampling, loading, quantizing, sampling, scheduling
+from . import (
+    conditioning,
+    guiding,
+    host,
+    host_sampling,
+    loading,
+    nag,
+    quantizing,
+    sampling,
+    scheduling,
+)
 
 NODES: list[type[io.ComfyNode]] = [
     loading.ChromaLoadModel,
@@ -10,11 +20,19 @@ NODES: list[type[io.ComfyNode]] = [
     loading.ChromaLoadTextEncoder,
     loading.ChromaLoadVAE,
     conditioning.ChromaTextEncode,
+    scheduling.ChromaScheduler,
     scheduling.ChromaBetaScheduler,
     scheduling.ChromaSigmoidOffsetScheduler,
+    scheduling.ChromaPowerOddsScheduler,
+    scheduling.ChromaBongTangentScheduler,
+    scheduling.ChromaLinearQuadraticScheduler,
+    scheduling.ChromaSigmaCurve,
     scheduling.ChromaModelShift,
     sampling.ChromaSampler,
     sampling.ChromaPreset,
+    guiding.ChromaGuider,
+    guiding.ChromaGuidance,
+    nag.ChromaNAG,
     quantizing.ChromaQuantize,
 ]
 

@@ -25,6 +25,7 @@ from ..chroma.errors import CheckpointError
 from ..chroma.latents import pack, pad_to_patch, position_ids, text_mask, unpack
 from ..chroma.ops import Attention, modulate, rope_table
 from ..chroma.transformer import ChromaTransformer
+from .host_nag import join_negative
 
 # Key in transformer_options of the run's ModulationMemo.
 MEMO = "chroma_modulation"
@@ -84,6 +85,10 @@ class HostTransformer(ChromaTransformer):
         if chroma_lengths is not None:
             hidden = text_mask(chroma_lengths, text_tokens, tokens.shape[1], x.dtype)
             attention_mask = hidden if attention_mask is None else hidden + attention_mask
+        context, transformer_options = join_negative(
+            context, timestep, tokens.shape[1], transformer_options or {}
+        )
+        text_tokens = context.shape[1]
         ids = position_ids(text_tokens, *latent.shape[-2:], x.device).expand(len(x), -1, -1)
         velocity = self.forward_orig(
             tokens, ids[:, text_tokens:], context, ids[:, :text_tokens], timestep, guidance,

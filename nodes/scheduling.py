@@ -2,6 +2,9 @@
 
 from comfy_api.latest import io
 
+from ..schedulers import SCHEDULERS
+from ..schedulers.curve import draw_sigmas
+from ..schedulers.options import OPTIONS
 from ..schedulers.shift import flux_mu
 from .host import one_of
 from .host_sampling import schedule, set_constant_shift, set_flux_shift
@@ -11,13 +14,13 @@ MODEL_TIP = "The MODEL to sample with: its shift decides the sigmas."
 CONSTANT, RESOLUTION = "constant", "resolution"
 
 
-def _common(steps: int) -> tuple[list[io.Input], list[io.Input]]:
+def _common() -> tuple[list[io.Input], list[io.Input]]:
     """The inputs before and behind a schedule's own ones."""
     before = [
         io.Model.Input("model", tooltip=MODEL_TIP),
         io.Int.Input(
             "steps",
-            default=steps,
+            default=26,
             min=1,
             max=10_000,
             tooltip="Number of steps. 26 suit Chroma1-HD, 8 Chroma1-Flash.",
@@ -49,87 +52,124 @@ def _sigmas_output() -> io.Sigmas.Output:
     )
 
 
-class ChromaBetaScheduler(io.ComfyNode):
+def _schema(node_id: str, title: str, description: str, own: list[io.Input]) -> io.Schema:
+    before, behind = _common()
+    return io.Schema(
+        node_id=node_id,
+        display_name=title,
+        category=CATEGORY,
+        description=description,
+        inputs=[*before, *own, *behind],
+        outputs=[_sigmas_output()],
+    )
+
+
+class ChromaScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        before, behind = _common(26)
-        return io.Schema(
-            node_id="ChromaBetaScheduler",
-            display_name="Chroma Beta Scheduler",
-            category=CATEGORY,
-            description="Sigmas at the quantiles of a beta law: shorter steps at both ends.",
-            inputs=[
-                *before,
-                io.Float.Input(
-                    "alpha",
-                    default=0.6,
-                    min=0.01,
-                    max=50.0,
-                    step=0.01,
-                    tooltip="Shape at the clean end: smaller puts more steps at low sigma. "
-                    "0.6 is usual, 0.4 an alternative.",
-                ),
-                io.Float.Input(
-                    "beta",
-                    default=0.6,
-                    min=0.01,
-                    max=50.0,
-                    step=0.01,
-                    tooltip="Shape at the noisy end: smaller puts more steps at high sigma. "
-                    "0.6 is usual, 0.4 an alternative.",
-                ),
-                *behind,
-            ],
-            outputs=[_sigmas_output()],
+        name = io.Combo.Input(
+            "scheduler_name",
+            options=list(SCHEDULERS),
+            default="beta",
+            tooltip="beta: the model author's. power_odds, bong_tangent: many steps at high noise, "
+            "for large pictures. beta57, kl_optimal: more at low noise.",
         )
+        description = "Sigmas of any of this pack's schedules, at its usual settings."
+        return _schema("ChromaScheduler", "Chroma Scheduler", description, [name])
 
     @classmethod
-    def execute(cls, model, steps, alpha, beta, denoise, compat) -> io.NodeOutput:
-        return io.NodeOutput(
-            schedule(model, "beta", steps, denoise, compat, alpha=alpha, beta=beta)
-        )
+    def validate_inputs(cls, scheduler_name) -> bool | str:
+        return one_of(scheduler_name=(scheduler_name, SCHEDULERS))
+
+    @classmethod
+    def execute(cls, model, steps, scheduler_name, denoise, compat) -> io.NodeOutput:
+        return io.NodeOutput(schedule(model, scheduler_name, steps, denoise, compat))
 
 
-class ChromaSigmoidOffsetScheduler(io.ComfyNode):
+class _Schedule(io.ComfyNode):
+    """A node of one schedule with its options."""
+
+    SCHEDULE: tuple[str, str, str]  # name, title, description
+
     @classmethod
     def define_schema(cls) -> io.Schema:
-        before, behind = _common(26)
-        return io.Schema(
-            node_id="ChromaSigmoidOffsetScheduler",
-            display_name="Chroma Sigmoid Offset Scheduler",
-            category=CATEGORY,
-            description="Sigmas along a logistic curve, made by Chroma's users for Chroma.",
-            inputs=[
-                *before,
-                io.Float.Input(
-                    "square_k",
-                    default=1.0,
-                    min=0.01,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Steepness: larger puts more steps at both ends, fewer in between.",
-                ),
-                io.Float.Input(
-                    "base_c",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Offset: below 0.5 more steps at high sigma (composition), above it "
-                    "more at low sigma (detail).",
-                ),
-                *behind,
-            ],
-            outputs=[_sigmas_output()],
-        )
-
-    @classmethod
-    def execute(cls, model, steps, square_k, base_c, denoise, compat) -> io.NodeOutput:
-        return io.NodeOutput(
-            schedule(
-                model, "sigmoid_offset", steps, denoise, compat, square_k=square_k, base_c=base_c
+        name, title, description = cls.SCHEDULE
+        own = [
+            io.Float.Input(
+                option.name,
+                default=option.default,
+                min=option.low,
+                max=option.high,
+                step=0.001 if option.default < 0.1 else 0.01,
+                tooltip=option.advice,
             )
+            for option in OPTIONS[name]
+        ]
+        return _schema(cls.__name__, title, description, own)
+
+    @classmethod
+    def execute(cls, model, steps, denoise, compat, **options) -> io.NodeOutput:
+        return io.NodeOutput(schedule(model, cls.SCHEDULE[0], steps, denoise, compat, **options))
+
+
+class ChromaBetaScheduler(_Schedule):
+    SCHEDULE = (
+        "beta",
+        "Chroma Beta Scheduler",
+        "Sigmas at the quantiles of a beta law: shorter steps at both ends.",
+    )
+
+
+class ChromaSigmoidOffsetScheduler(_Schedule):
+    SCHEDULE = (
+        "sigmoid_offset",
+        "Chroma Sigmoid Offset Scheduler",
+        "Sigmas along a logistic curve, made by Chroma's users for Chroma.",
+    )
+
+
+class ChromaPowerOddsScheduler(_Schedule):
+    SCHEDULE = (
+        "power_odds",
+        "Chroma Power Odds Scheduler",
+        "Sigmas whose steps change length smoothly, which suits multistep samplers.",
+    )
+
+
+class ChromaBongTangentScheduler(_Schedule):
+    SCHEDULE = (
+        "bong_tangent",
+        "Chroma Bong Tangent Scheduler",
+        "Sigmas of RES4LYF's bong_tangent: many at high and low noise, a quick pass between.",
+    )
+
+
+class ChromaLinearQuadraticScheduler(_Schedule):
+    SCHEDULE = (
+        "linear_quadratic",
+        "Chroma Linear Quadratic Scheduler",
+        "Sigmas that fall slowly in a straight line first, then faster and faster.",
+    )
+
+
+class ChromaSigmaCurve(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ChromaSigmaCurve",
+            display_name="Chroma Sigma Curve",
+            category=CATEGORY,
+            description="A picture of SIGMAS: how fast the noise falls, step by step.",
+            inputs=[
+                io.Sigmas.Input("sigmas", tooltip="From any scheduler."),
+                io.String.Input("label", default="", tooltip="Text to show above the curve."),
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="The curve, 768 x 480 pixels.")],
         )
+
+    @classmethod
+    def execute(cls, sigmas, label: str) -> io.NodeOutput:
+        return io.NodeOutput(draw_sigmas(sigmas, label)[None])
 
 
 class ChromaModelShift(io.ComfyNode):

@@ -13,20 +13,40 @@ import torch
 from torch import Tensor
 
 from ..chroma.errors import SamplingError
-from .beta import beta_sigmas, beta_sigmas_compat
+from .beta import beta57_sigmas, beta57_sigmas_compat, beta_sigmas, beta_sigmas_compat
+from .bong_tangent import bong_tangent_sigmas, bong_tangent_sigmas_compat
+from .kl_optimal import kl_optimal_sigmas, kl_optimal_sigmas_compat
+from .linear_quadratic import linear_quadratic_sigmas, linear_quadratic_sigmas_compat
+from .normal import normal_sigmas, normal_sigmas_compat
+from .optimal_steps import optimal_steps_sigmas, optimal_steps_sigmas_compat
+from .power_odds import power_odds_sigmas, power_odds_sigmas_compat
 from .rounding import MAX_STEPS, check_steps
 from .sigmoid_offset import sigmoid_offset_sigmas, sigmoid_offset_sigmas_compat
 from .simple import simple_sigmas, simple_sigmas_compat
 
 SCHEDULERS: dict[str, Callable[..., Tensor]] = {
     "beta": beta_sigmas,
+    "beta57": beta57_sigmas,
     "sigmoid_offset": sigmoid_offset_sigmas,
     "simple": simple_sigmas,
+    "normal": normal_sigmas,
+    "bong_tangent": bong_tangent_sigmas,
+    "power_odds": power_odds_sigmas,
+    "optimal_steps": optimal_steps_sigmas,
+    "linear_quadratic": linear_quadratic_sigmas,
+    "kl_optimal": kl_optimal_sigmas,
 }
 SCHEDULERS_COMPAT: dict[str, Callable[..., Tensor]] = {
     "beta": beta_sigmas_compat,
+    "beta57": beta57_sigmas_compat,
     "sigmoid_offset": sigmoid_offset_sigmas_compat,
     "simple": simple_sigmas_compat,
+    "normal": normal_sigmas_compat,
+    "bong_tangent": bong_tangent_sigmas_compat,
+    "power_odds": power_odds_sigmas_compat,
+    "optimal_steps": optimal_steps_sigmas_compat,
+    "linear_quadratic": linear_quadratic_sigmas_compat,
+    "kl_optimal": kl_optimal_sigmas_compat,
 }
 
 

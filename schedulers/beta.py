@@ -1,4 +1,7 @@
-"""The beta schedule (Lee et al. 2024, arXiv:2407.12173): steps at quantiles of a beta law."""
+"""The beta schedule (Lee et al. 2024, arXiv:2407.12173): steps at quantiles of a beta law.
+
+beta57 is RES4LYF's name for alpha 0.5 and beta 0.7.
+"""
 
 import math
 
@@ -30,3 +33,13 @@ def beta_sigmas_compat(
     """ComfyUI's numbers: the quantiles rounded to the entries of a rising sigma table."""
     positions = 1 - np.linspace(0, 1, check_steps(steps), endpoint=False)
     return look_up(_quantiles(positions, alpha, beta), table)
+
+
+def beta57_sigmas(steps: int, *, shift: float = 1.0) -> Tensor:
+    """beta_sigmas with alpha 0.5 and beta 0.7."""
+    return beta_sigmas(steps, shift=shift, alpha=0.5, beta=0.7)
+
+
+def beta57_sigmas_compat(steps: int, table: Tensor) -> Tensor:
+    """RES4LYF's numbers: beta_sigmas_compat with alpha 0.5 and beta 0.7."""
+    return beta_sigmas_compat(steps, table, alpha=0.5, beta=0.7)

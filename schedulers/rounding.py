@@ -1,5 +1,6 @@
-"""ComfyUI's way to a schedule: positions rounded to the entries of a sigma table."""
+"""What schedules share: checks, and ComfyUI's rounding of positions to a sigma table's entries."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,15 @@ def check_steps(steps: int) -> int:
             f"steps {steps} is not usable; expected a whole number from 1 to {MAX_STEPS}"
         )
     return steps
+
+
+def check_range(name: str, value: float, low: float, high: float) -> float:
+    """The value itself if it is a number from low to high. Raises SamplingError otherwise."""
+    if not (math.isfinite(value) and low <= value <= high):
+        raise SamplingError(
+            f"{name} {value} is not usable; expected a number from {low:g} to {high:g}"
+        )
+    return value
 
 
 def look_up(positions: Sequence[float] | np.ndarray, table: Tensor) -> Tensor:

@@ -4,22 +4,17 @@ f(t) = 1 / (1 + exp(-8 k (1 - c - t))) for t from 0 to 1; k is `square_k`, c is 
 1/2 at t = 1 - c, so a smaller c spends more steps at high sigma.
 """
 
-import math
-
 import numpy as np
 from scipy.special import expit
 from torch import Tensor
 
-from ..chroma.errors import SamplingError
-from .rounding import check_steps, finish, look_up
+from .rounding import check_range, check_steps, finish, look_up
 from .shift import apply_shift, check_shift
 
 
 def _curve(t: np.ndarray, square_k: float, base_c: float) -> np.ndarray:
-    if not (math.isfinite(square_k) and 0.01 <= square_k <= 10):
-        raise SamplingError(f"square_k {square_k} is not usable; expected a number from 0.01 to 10")
-    if not (math.isfinite(base_c) and 0 <= base_c <= 1):
-        raise SamplingError(f"base_c {base_c} is not usable; expected a number from 0 to 1")
+    check_range("square_k", square_k, 0.01, 10)
+    check_range("base_c", base_c, 0, 1)
     return expit(8 * square_k * (1 - base_c - t))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chroma_nodes.chroma.errors import ImageError, SamplingError
-from chroma_nodes.chroma.guidance import Denoiser, InpaintDenoiser
+from chroma_nodes.chroma.guidance import Denoiser, Guidance, InpaintDenoiser
 from chroma_nodes.chroma.noise import make_noise
 from chroma_nodes.chroma.pipeline import latent_size
 from chroma_nodes.chroma.sampling import fit_mask, sample_latent
@@ -71,6 +71,109 @@ def test_the_negative_prompt_is_real(model):
     assert (a - b).abs().max() > 0.1
 
 
+NEUTRAL = Guidance(3.5, "constant", 7.0, 1.0, 0.0, 0.0, False, 0, 1.0, 0.0, 0.0)
+SIGMAS = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+
+
+def run_euler(denoiser, batch=2, sigmas=SIGMAS):
+    return SAMPLERS["euler"](denoiser, state(batch)[0], sigmas, disable=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", (4, 6))
+def test_neutral_guidance_is_plain_guidance_bit_for_bit(model, negative):
+    cond, uncond = text([4]), text([negative], 9)
+    plain, neutral = (run_euler(Denoiser(model, cond, uncond, cfg)) for cfg in (3.5, NEUTRAL))
+    assert torch.equal(plain, neutral)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("negative", (4, 6))
+def test_outside_of_the_interval_the_negative_prompt_is_not_run(model, negative):
+    cond, uncond = text([4]), text([negative], 9)
+    plan = Guidance(3.5, interval_start=0.8, interval_end=0.6)
+    sizes, handle = count_forwards(model)
+    denoiser = Denoiser(model, cond, uncond, plan)
+    result = run_euler(denoiser)
+    handle.remove()
+    assert sum(sizes) == 2 * (1 + 2 + 2 + 1 + 1) and denoiser.passes == 7
+    x = state(2)[0]
+    for part, cfg in ((SIGMAS[:2], 1.0), (SIGMAS[1:4], 3.5), (SIGMAS[3:], 1.0)):
+        x = SAMPLERS["euler"](Denoiser(model, cond, uncond, cfg), x, part, disable=True)
+    torch.testing.assert_close(result, x, rtol=0, atol=1e-4 * float(x.abs().max()))
+
+
+@torch.no_grad()
+def test_the_scale_follows_the_curve(model):
+    cond, uncond = text([4]), text([4], 9)
+    plan = Guidance(5.0, "linear", 1.0)
+    for sigma, cfg in ((0.75, 4.0), (0.25, 2.0)):
+        x, level = state(1, sigma)
+        curved, plain = (Denoiser(model, cond, uncond, c)(x, level) for c in (plan, cfg))
+        assert torch.equal(curved, plain)
+
+
+@torch.no_grad()
+def test_zero_init_leaves_the_noise_and_runs_no_model(model):
+    sizes, handle = count_forwards(model)
+    denoiser = Denoiser(model, text([4]), text([4], 9), Guidance(3.5, zero_init=2))
+    x = run_euler(denoiser, sigmas=SIGMAS[:3])
+    handle.remove()
+    assert torch.equal(x, state(2)[0]) and sizes == [] and denoiser.passes == 0
+    assert denoiser.run.calls == 2
+
+
+@torch.no_grad()
+def test_momentum_remembers_one_run_only(model):
+    cond, uncond, plan = text([4]), text([4], 9), Guidance(3.5, apg_momentum=-0.5)
+    one = Denoiser(model, cond, uncond, plan)
+    first, second = one(*state(1)), one(*state(1))
+    again = Denoiser(model, cond, uncond, plan)(*state(1))
+    assert torch.equal(first, again)
+    assert (first - second).abs().max() > 0.01
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg", (1.0, 3.5, Guidance(3.5, interval_end=0.9)))
+def test_who_asks_for_the_uncond_prediction_gets_it(model, cfg):
+    cond, uncond, seen = text([4]), text([4], 9), []
+    denoiser = Denoiser(model, cond, uncond, cfg)
+    result = denoiser(*state(2), uncond_callback=seen.append)
+    close = {"rtol": 0, "atol": 1e-4 * float(result.abs().max())}
+    expected = Denoiser(model, uncond, None, 1.0)(*state(2))
+    torch.testing.assert_close(seen[0], expected, **close)
+    torch.testing.assert_close(result, Denoiser(model, cond, uncond, cfg)(*state(2)), **close)
+    assert len(seen) == 1 and denoiser.passes == 2
+
+
+@torch.no_grad()
+def test_the_uncond_prediction_is_raw_still_at_zero_init_and_never_missing(model):
+    x, seen = state(1)[0], []
+    plan = Guidance(3.5, zero_init=1, zero_star=True, apg_eta=0.0)
+    denoiser = Denoiser(model, text([4]), text([4], 9), plan)
+    for sigma in (1.0, 0.6):
+        denoiser(x, torch.tensor([sigma]), uncond_callback=seen.append)
+    assert torch.equal(seen[0], x)
+    raw = Denoiser(model, text([4], 9))(*state(1))
+    torch.testing.assert_close(seen[1], raw, rtol=0, atol=1e-4 * float(raw.abs().max()))
+    with pytest.raises(SamplingError, match="this sampler needs a negative prompt"):
+        Denoiser(model, text([4]))(*state(1), uncond_callback=seen.append)
+
+
+def test_inpainting_keeps_the_uncond_prediction_too():
+    latent, noise, seen = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 8, 8), []
+    mask = torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+
+    def model(x, sigma, uncond_callback, **_):
+        uncond_callback(torch.full_like(x, 3.0))
+        return torch.full_like(x, 7.0)
+
+    inpaint = InpaintDenoiser(model, mask, latent, noise)
+    inpaint(latent, torch.tensor([0.5]), uncond_callback=seen.append)
+    assert torch.equal(seen[0], torch.where(mask.bool(), 3.0, latent))
+
+
 @torch.no_grad()
 def test_one_modulation_per_step_for_cond_uncond_and_batch(model):
     rows = []
@@ -106,6 +209,11 @@ def test_a_batch_of_four_prompts_equals_four_runs(model):
 def test_unusable_guidance(model, cfg, uncond, says):
     with pytest.raises(SamplingError, match=says):
         Denoiser(model, text([4]), text([4]) if uncond else None, cfg)
+
+
+def test_a_curve_from_one_needs_a_negative_prompt(model):
+    with pytest.raises(SamplingError, match="needs a negative prompt"):
+        Denoiser(model, text([4]), None, Guidance(1.0, "linear", 3.0))
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def test_no_denoising_gives_no_sigmas(denoise):
         ("beta", 26, {"denoise": math.nan}, "denoise nan"),
         ("beta", 200, {"denoise": 0.01}, r"denoise 0\.01 at 200 steps .* 20000 steps"),
         ("beta", True, {}, "steps True"),
-        ("karras", 26, {}, "unknown scheduler 'karras'.*beta, sigmoid_offset, simple"),
+        ("karras", 26, {}, "unknown scheduler 'karras'.*beta, beta57"),
         ("beta", 10_000, {"alpha": 0.05, "beta": 0.05}, "closer than fp32"),
     ],
 )

@@ -1,9 +1,12 @@
 """This pack's nodes without ComfyUI: the same ids, inputs, defaults and results."""
 
 import torch
+from torch import Tensor
 
 from ...samplers import SAMPLERS
-from ...schedulers import get_sigmas
+from ...schedulers import SCHEDULERS, get_sigmas
+from ...schedulers.curve import draw_sigmas
+from ...schedulers.options import OPTIONS
 from ...schedulers.shift import flux_mu
 from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from ..checkpoint.container import is_gguf
@@ -75,14 +78,22 @@ def schedule(model: Model, name: str, steps: int, denoise: float, compat: bool, 
     return (get_sigmas(name, steps, denoise=denoise, **form, **options),)  # pyright: ignore
 
 
-def beta_scheduler(_: Context, model: Model, steps, alpha, beta, denoise, compat):
-    return schedule(model, "beta", steps, denoise, compat, alpha=alpha, beta=beta)
+def any_scheduler(_: Context, model: Model, steps, scheduler_name, denoise, compat):
+    return schedule(model, scheduler_name, steps, denoise, compat)
 
 
-def sigmoid_scheduler(_: Context, model: Model, steps, square_k, base_c, denoise, compat):
-    return schedule(
-        model, "sigmoid_offset", steps, denoise, compat, square_k=square_k, base_c=base_c
-    )
+def _scheduler(node_id: str, name: str) -> NodeType:
+    """The node of one schedule with its options."""
+
+    def run(_: Context, model: Model, steps, denoise, compat, **options):
+        return schedule(model, name, steps, denoise, compat, **options)
+
+    own = (Input(o.name, "FLOAT", o.default, o.low, o.high) for o in OPTIONS[name])
+    return NodeType(node_id, (MODEL, STEPS, *own, DENOISE, COMPAT), (("SIGMAS", "SIGMAS"),), run)
+
+
+def sigma_curve(_: Context, sigmas: Tensor, label: str):
+    return (draw_sigmas(sigmas, label)[None],)
 
 
 def model_shift(_: Context, model: Model, mode, shift, base_shift, max_shift, width, height):
@@ -137,22 +148,24 @@ NODES = (
         encode_text,
     ),
     NodeType(
-        "ChromaBetaScheduler",
+        "ChromaScheduler",
         (
-            MODEL, STEPS, Input("alpha", "FLOAT", 0.6, 0.01, 50.0),
-            Input("beta", "FLOAT", 0.6, 0.01, 50.0), DENOISE, COMPAT,
+            MODEL, STEPS, Input("scheduler_name", "COMBO", "beta", choices=tuple(SCHEDULERS)),
+            DENOISE, COMPAT,
         ),
         (("SIGMAS", "SIGMAS"),),
-        beta_scheduler,
+        any_scheduler,
     ),
+    _scheduler("ChromaBetaScheduler", "beta"),
+    _scheduler("ChromaSigmoidOffsetScheduler", "sigmoid_offset"),
+    _scheduler("ChromaPowerOddsScheduler", "power_odds"),
+    _scheduler("ChromaBongTangentScheduler", "bong_tangent"),
+    _scheduler("ChromaLinearQuadraticScheduler", "linear_quadratic"),
     NodeType(
-        "ChromaSigmoidOffsetScheduler",
-        (
-            MODEL, STEPS, Input("square_k", "FLOAT", 1.0, 0.01, 10.0),
-            Input("base_c", "FLOAT", 0.5, 0.0, 1.0), DENOISE, COMPAT,
-        ),
-        (("SIGMAS", "SIGMAS"),),
-        sigmoid_scheduler,
+        "ChromaSigmaCurve",
+        (Input("sigmas", "SIGMAS"), Input("label", "STRING", "")),
+        (("IMAGE", "IMAGE"),),
+        sigma_curve,
     ),
     NodeType(
         "ChromaModelShift",

@@ -1,6 +1,6 @@
 """The nodes of ComfyUI's core that our workflows use, with the results ComfyUI gives."""
 
-import math
+import logging
 import re
 import time
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...samplers import SAMPLERS
-from ...schedulers import SCHEDULERS, get_sigmas
+from ...schedulers import SCHEDULERS, SCHEDULERS_COMPAT, get_sigmas
 from ...schedulers.shift import flux_mu
 from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
 from ..config import LATENT_CHANNELS
@@ -25,8 +25,10 @@ from .schema import Input, NodeType
 from .values import Context, Guider, Latent, Model, Noise
 
 CHROMA_PREFIX = "chroma_"
+# Under ComfyUI's own names, what ComfyUI has with the same results.
 SAMPLER_NAMES = ("euler", "heun", "res_multistep", *(CHROMA_PREFIX + name for name in SAMPLERS))
-SCHEDULER_NAMES = (*SCHEDULERS, "chroma_beta")
+SCHEDULER_NAMES = (*SCHEDULERS_COMPAT, *(CHROMA_PREFIX + name for name in SCHEDULERS))
+log = logging.getLogger("chroma")
 
 
 def _sampler(name: str):
@@ -34,8 +36,9 @@ def _sampler(name: str):
 
 
 def _sigmas(model: Model, scheduler: str, steps: int, denoise: float) -> Tensor:
-    if scheduler == "chroma_beta":
-        return get_sigmas("beta", steps, shift=model.shift, denoise=denoise)
+    if scheduler.startswith(CHROMA_PREFIX):
+        name = scheduler.removeprefix(CHROMA_PREFIX)
+        return get_sigmas(name, steps, shift=model.shift, denoise=denoise)
     return get_sigmas(scheduler, steps, denoise=denoise, compat_table=model.table)
 
 
@@ -61,7 +64,9 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
     start = _to_model_space(latent["samples"]).to(device)
     shape = start.shape
     drawn = torch.zeros(shape) if noise.seed is None else make_noise(shape, noise.seed)
-    denoiser = Denoiser(guider.model.transformer, guider.positive, guider.negative, guider.cfg)
+    denoiser = Denoiser(
+        guider.model.transformer, guider.positive, guider.negative, guider.plan, guider.model.nag
+    )
     last: dict[str, Tensor] = {}
 
     def on_step(state) -> None:
@@ -70,10 +75,11 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
     began = time.perf_counter()
     mask = latent.get("noise_mask")
     result = sample_latent(
-        denoiser, sampler, sigmas.to(device), drawn.to(device), start,
+        denoiser, sampler, sigmas.to(device), drawn.to(device), start, seed=noise.seed,
         mask=None if mask is None else mask.to(device),
         callback=on_step, disable_progress=not context.progress,
     )  # fmt: skip
+    log.info("%d forward passes", denoiser.passes)
     context.seconds += time.perf_counter() - began
     context.steps += len(sigmas) - 1
     outputs = [result, last.get("denoised", result)]
@@ -84,10 +90,13 @@ def sample_advanced(context: Context, noise, guider, sampler, sigmas, latent_ima
     return sample(context, noise, guider, sampler, sigmas, latent_image)
 
 
-def _guider(model: Model, positive: TextEmbedding, negative: TextEmbedding, cfg: float) -> Guider:
+def _guider(
+    model: Model, positive: TextEmbedding, negative: TextEmbedding | None, cfg: float
+) -> Guider:
     for text in (positive, negative):
-        check_widths(model.transformer, text.hidden.shape[-1])
-    return Guider(model, positive, None if math.isclose(cfg, 1.0) else negative, cfg)
+        if text is not None:
+            check_widths(model.transformer, text.hidden.shape[-1])
+    return Guider(model, positive, negative, cfg)
 
 
 def ksampler(
@@ -250,7 +259,7 @@ NODES = (
     ),
     NodeType(
         "BasicGuider", (MODEL, Input("conditioning", "CONDITIONING")), _one("GUIDER"),
-        lambda _, model, conditioning: (_guider(model, conditioning, conditioning, 1.0),),
+        lambda _, model, conditioning: (_guider(model, conditioning, None, 1.0),),
     ),
     NodeType(
         "CFGGuider", (MODEL, POSITIVE, NEGATIVE, CFG), _one("GUIDER"),

@@ -12,13 +12,14 @@ import torch
 
 from ..devices import best_device
 from ..errors import ChromaError, WorkflowError
-from . import nodes_chroma, nodes_core
+from . import nodes_chroma, nodes_core, nodes_guidance, nodes_nag
 from .graph import Link, Node, Prompt, check, check_format
 from .layout import to_interface
 from .schema import Registry
 from .values import Context
 
-REGISTRY: Registry = {node.id: node for node in (*nodes_chroma.NODES, *nodes_core.NODES)}
+_PARTS = (nodes_chroma, nodes_guidance, nodes_nag, nodes_core)
+REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
 
 def apply_overrides(prompt: Prompt, overrides: Sequence[str]) -> Prompt:

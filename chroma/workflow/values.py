@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...schedulers.shift import discrete_table, flux_table
 from ..errors import SamplingError, WorkflowError
+from ..guidance import Guidance
+from ..nag import NAG
 from ..text.encoder import TextEmbedding
 from ..tiny import files as small
 from ..transformer import ChromaTransformer
@@ -31,6 +33,9 @@ class Model:
     transformer: ChromaTransformer
     shift: float = math.exp(DEFAULT_MU)
     table: Tensor = field(default_factory=lambda: flux_table(DEFAULT_MU))
+    # What Chroma Guidance put on it; the scale is the sampler's own.
+    guidance: Guidance | None = None
+    nag: NAG | None = None
 
     def with_constant_shift(self, shift: float) -> "Model":
         return replace(self, shift=shift, table=discrete_table(shift))
@@ -54,12 +59,19 @@ class Noise:
 
 @dataclass(frozen=True)
 class Guider:
-    """GUIDER: a model with its prompts and guidance scale."""
+    """GUIDER: a model with its prompts and its guidance, or no more than the scale of it."""
 
     model: Model
     positive: TextEmbedding
     negative: TextEmbedding | None
-    cfg: float
+    cfg: float | Guidance
+
+    @property
+    def plan(self) -> Guidance:
+        """The guidance to sample with."""
+        if isinstance(self.cfg, Guidance):
+            return self.cfg
+        return replace(self.model.guidance or Guidance(1.0), cfg=self.cfg)
 
 
 # LATENT: {"samples": the autoencoder's raw latent (B, 16, h, w), "noise_mask": mask or absent}
