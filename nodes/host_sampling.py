@@ -1,5 +1,7 @@
 """Our samplers, schedules and shifts in the form ComfyUI takes them."""
 
+from functools import partial
+
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
 import comfy.samplers
@@ -7,7 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..samplers import SAMPLERS
-from ..schedulers import get_sigmas
+from ..schedulers import SCHEDULERS, get_sigmas
 
 PREFIX = "chroma_"
 
@@ -51,9 +53,9 @@ def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> Model
     return clone
 
 
-def chroma_beta(model_sampling: object, steps: int) -> Tensor:
-    """KSampler's scheduler `chroma_beta`: the exact beta schedule at the MODEL's shift."""
-    return get_sigmas("beta", steps, shift=model_shift(model_sampling))
+def exact(name: str, model_sampling: object, steps: int) -> Tensor:
+    """KSampler's scheduler `chroma_<name>`: the exact schedule at the MODEL's shift."""
+    return get_sigmas(name, steps, shift=model_shift(model_sampling))
 
 
 def sigmoid_offset(model_sampling: object, steps: int) -> Tensor:
@@ -70,8 +72,8 @@ def register() -> None:
         for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.SAMPLER_NAMES):
             if name not in names:
                 names.append(name)
-    for handler in (chroma_beta, sigmoid_offset):
-        name = handler.__name__
+    handlers = {PREFIX + name: partial(exact, name) for name in SCHEDULERS}
+    for name, handler in {**handlers, "sigmoid_offset": sigmoid_offset}.items():
         if name not in comfy.samplers.SCHEDULER_HANDLERS:
             comfy.samplers.SCHEDULER_HANDLERS[name] = comfy.samplers.SchedulerHandler(handler)
         if name not in comfy.samplers.SCHEDULER_NAMES:

@@ -3,8 +3,8 @@
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
-from ..chroma.presets import PRESETS
-from ..samplers import SAMPLERS
+from ..chroma.presets import BASE, PRESETS
+from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
 from .host import one_of
 from .host_sampling import schedule, set_constant_shift
 
@@ -25,10 +25,30 @@ class ChromaSampler(io.ComfyNode):
                 io.Combo.Input(
                     "sampler_name",
                     options=list(SAMPLERS),
-                    default="res_multistep",
-                    tooltip="euler: one model call a step, robust. res_multistep: one call, more "
-                    "exact. heun: two calls. flash: two calls, for few-step models.",
-                )
+                    default=BASE.sampler,
+                    tooltip="flow_pec: this pack's own, the most exact at one model call a step. "
+                    "Names with ancestral, sde, and res_2m, res_2s, sa_solver add noise in every "
+                    "step. heun, res_2s, dpmpp_sde, dpmpp_2s call the model twice a step.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=OWN_ETA,
+                    min=OWN_ETA,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="How much noise each step adds anew: 0 none, 1 in full, -1 the "
+                    "sampler's usual value. Only for samplers that can.",
+                ),
+                io.Float.Input(
+                    "s_noise",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Factor on the noise that steps add. Only for samplers that add any.",
+                ),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip=SAMPLER_TIP)],
         )
@@ -38,8 +58,11 @@ class ChromaSampler(io.ComfyNode):
         return one_of(sampler_name=(sampler_name, SAMPLERS))
 
     @classmethod
-    def execute(cls, sampler_name: str) -> io.NodeOutput:
-        return io.NodeOutput(KSAMPLER(SAMPLERS[sampler_name]))
+    def execute(
+        cls, sampler_name: str, eta: float = OWN_ETA, s_noise: float = 1.0
+    ) -> io.NodeOutput:
+        sampler = choose(SAMPLERS, sampler_name, own_or(eta), s_noise)
+        return io.NodeOutput(KSAMPLER(sampler))
 
 
 class ChromaPreset(io.ComfyNode):

@@ -21,7 +21,7 @@ from chroma_nodes.chroma.text.t5 import T5Config
 from chroma_nodes.chroma.text.tokenizer import Tokenizer
 from chroma_nodes.chroma.tiny import files as small
 from chroma_nodes.samplers import SAMPLERS
-from chroma_nodes.schedulers import get_sigmas
+from chroma_nodes.schedulers import SCHEDULERS, get_sigmas
 from comfy_inprocess import (
     import_comfyui,
     random_autoencoder,
@@ -133,7 +133,7 @@ def test_loading_the_extension_registers_everything_once():
     assert load_nodes() == nodes == pack.NODES
     for names in (comfy.samplers.KSAMPLER_NAMES, comfy.samplers.KSampler.SAMPLERS):
         assert [n for n in names if n.startswith("chroma_")] == ["chroma_" + n for n in SAMPLERS]
-    for name in ("chroma_beta", "sigmoid_offset"):
+    for name in (*("chroma_" + n for n in SCHEDULERS), "sigmoid_offset"):
         assert comfy.samplers.KSampler.SCHEDULERS.count(name) == 1
     assert [n for n in comfy.samplers.SCHEDULER_HANDLERS if n in before] == before
     folder = [str(small.FOLDER)]
@@ -449,9 +449,11 @@ def test_a_resolution_shift_equals_comfyuis_flux_node(model):
 )
 def test_exact_sigmas_follow_the_models_shift(model, changes, shift):
     model = model if changes is None else shifted(model, **changes)
-    beta = result(ChromaBetaScheduler.execute(model, 13, 0.5, 0.7, 1.0, False))
+    beta = result(ChromaBetaScheduler.execute(model, 13, 1.0, False, alpha=0.5, beta=0.7))
     close(beta, get_sigmas("beta", 13, shift=shift, alpha=0.5, beta=0.7), 1e-6)
-    sigmoid = result(ChromaSigmoidOffsetScheduler.execute(model, 13, 1.2, 0.4, 0.5, False))
+    sigmoid = result(
+        ChromaSigmoidOffsetScheduler.execute(model, 13, 0.5, False, square_k=1.2, base_c=0.4)
+    )
     wanted = get_sigmas("sigmoid_offset", 13, shift=shift, square_k=1.2, base_c=0.4, denoise=0.5)
     close(sigmoid, wanted, 1e-6)
     assert len(beta) == len(sigmoid) == 14
@@ -462,7 +464,7 @@ def test_exact_sigmas_follow_the_models_shift(model, changes, shift):
 def test_compat_sigmas_equal_comfyuis_beta_scheduler(model, steps, shift):
     model = model if shift is None else shifted(model, shift=shift)
     sampling = model.get_model_object("model_sampling")
-    ours = result(ChromaBetaScheduler.execute(model, steps, 0.6, 0.6, 1.0, True))
+    ours = result(ChromaBetaScheduler.execute(model, steps, 1.0, True))
     assert torch.equal(ours, comfy.samplers.calculate_sigmas(sampling, "beta", steps))
 
 
@@ -470,9 +472,9 @@ def test_ksamplers_schedulers(model):
     load_nodes()
     sampling = model.get_model_object("model_sampling")
     exact = comfy.samplers.calculate_sigmas(sampling, "chroma_beta", 26)
-    assert torch.equal(exact, result(ChromaBetaScheduler.execute(model, 26, 0.6, 0.6, 1.0, False)))
+    assert torch.equal(exact, result(ChromaBetaScheduler.execute(model, 26, 1.0, False)))
     known = comfy.samplers.calculate_sigmas(sampling, "sigmoid_offset", 26)
-    compat = result(ChromaSigmoidOffsetScheduler.execute(model, 26, 1.0, 0.5, 1.0, True))
+    compat = result(ChromaSigmoidOffsetScheduler.execute(model, 26, 1.0, True))
     assert torch.equal(known, compat) and float(known[0]) == pytest.approx(0.99423, abs=1e-4)
 
 

@@ -50,7 +50,7 @@ def grid(steps, start=1.0, end=0.1):
     return torch.linspace(start, end, steps + 1, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 def test_order_of_convergence(name):
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)[None]
     exact = gaussian_solution(x, 1.0, 0.1)
@@ -63,7 +63,7 @@ def test_order_of_convergence(name):
         assert -slopes[-1] < ORDER[name] + 0.3
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 def test_converges_on_a_mixture_as_scipy_does(name):
     starts = np.array([-1.7, -0.4, 0.3, 1.1])
 
@@ -119,7 +119,7 @@ def test_second_order_beats_euler_at_equal_evaluations():
     assert error("res_multistep", 16) < error("euler", 16)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 def test_a_model_that_knows_the_picture_is_followed_exactly(name):
     picture = torch.randn(2, 3, 4, 4)
     noise = torch.randn(2, 3, 4, 4)
@@ -134,7 +134,7 @@ def test_a_model_that_knows_the_picture_is_followed_exactly(name):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 16, 4, 4), (1, 2, 3, 4, 5)])
 def test_contract(name, shape):
     x = torch.randn(shape)
@@ -158,7 +158,7 @@ def test_contract(name, shape):
     torch.testing.assert_close(out[:1], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dtype_is_kept_and_sigma_is_not_rounded_to_it(name, dtype):
     seen = []
@@ -174,7 +174,7 @@ def test_dtype_is_kept_and_sigma_is_not_rounded_to_it(name, dtype):
         assert min(abs(s - sigma) for s in seen) < 1e-7
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 def test_a_repeated_sigma_changes_nothing_but_is_reported(name):
     def model(x, sigma):  # Networks are not the identity at sigma 0.
         return gaussian(x, sigma) + 0.01
@@ -208,14 +208,14 @@ def test_agrees_with_comfyui(name, end):
     torch.testing.assert_close(run(name, two_modes, x, sigmas), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 def test_nothing_to_do(name):
     x = torch.randn(1, 2)
     assert torch.equal(run(name, gaussian, x, torch.tensor([0.5])), x)
     assert torch.equal(run(name, gaussian, x, torch.zeros(0)), x)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", ORDER)
 @pytest.mark.parametrize(
     ("sigmas", "says"),
     [

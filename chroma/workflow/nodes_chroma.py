@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...samplers import SAMPLERS
+from ...samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ...schedulers import SCHEDULERS, get_sigmas
 from ...schedulers.curve import draw_sigmas
 from ...schedulers.options import OPTIONS
@@ -12,7 +12,7 @@ from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from ..checkpoint.container import is_gguf
 from ..devices import best_dtype
 from ..errors import WorkflowError
-from ..presets import PRESETS
+from ..presets import BASE, PRESETS
 from ..quant.products import EIGHT_BIT, EXACT
 from ..text.encoder import PadRule, TextEncoder
 from ..text.find_tokenizer import find_tokenizer
@@ -180,9 +180,15 @@ NODES = (
     ),
     NodeType(
         "ChromaSampler",
-        (Input("sampler_name", "COMBO", "res_multistep", choices=tuple(SAMPLERS)),),
+        (
+            Input("sampler_name", "COMBO", BASE.sampler, choices=tuple(SAMPLERS)),
+            Input("eta", "FLOAT", OWN_ETA, OWN_ETA, 10.0),
+            Input("s_noise", "FLOAT", 1.0, 0.0, 10.0),
+        ),
         (("SAMPLER", "SAMPLER"),),
-        lambda _, sampler_name: (SAMPLERS[sampler_name],),
+        lambda _, sampler_name, eta, s_noise: (
+            choose(SAMPLERS, sampler_name, own_or(eta), s_noise),
+        ),
     ),
     NodeType(
         "ChromaPreset",
