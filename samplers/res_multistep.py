@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from .noise import check_stochastic, noise_source
-from .steps import check_sigmas, level, report
+from .steps import ancestral_step, check_sigmas, level, report
 
 
 def step_weights(before: float, now: float, after: float) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def sample_res_multistep(
         report(callback, i, x, s[i], denoised)
         if s[i + 1] == s[i]:
             continue
-        down, keep, spread = _ancestral(s[i], s[i + 1], eta)
+        down, keep, spread = ancestral_step(s[i], s[i + 1], eta)
         ratio = down / s[i]
         if down == 0:
             x = denoised
@@ -87,13 +87,3 @@ def sample_res_multistep_ancestral(
     """`res_multistep` with fresh noise in every step but the last."""
     options = (eta, s_noise, noise_sampler)
     return sample_res_multistep(model, x, sigmas, extra_args, callback, disable, *options)
-
-
-def _ancestral(sigma: float, following: float, eta: float) -> tuple[float, float, float]:
-    """(down, a, b): after a step to `down`, a x + b noise is at the level `following`.
-
-    down is `following` for eta 0 and following^2 / sigma for eta 1; never below 0.
-    """
-    down = max(0.0, following * (1 + (following / sigma - 1) * eta))
-    keep = (1 - following) / (1 - down)
-    return down, keep, math.sqrt(max(0.0, following**2 - (keep * down) ** 2))

@@ -105,7 +105,7 @@ def test_nodes_the_outputs_do_not_need_are_not_run(tmp_path):
         (changed("11", cfg="much"), "input cfg: 'much' is not usable; expected a number"),
         (changed("11", cfg={"a": 1}), "input cfg"),
         (changed("7", width=8), "input width: 8 is not usable"),
-        (changed("9", sampler_name="dpm"), "expected one of euler, heun"),
+        (changed("9", sampler_name="dpm"), "expected one of euler, euler_ancestral"),
         (changed("8", noise_seed=-1), "input noise_seed: -1"),
         (changed("4", model=["77", 0]), "linked to node 77, which does not exist"),
         (changed("4", model=["1", 3]), r"output 3 of node 1 \(ChromaLoadModel\), which has 1"),
