@@ -188,13 +188,16 @@ def _build(
     if expand:
         state = expanded(state, dtype, management.get_free_memory(offload), path)
     if products != EXACT:
-        state = in_8_bits(state, products, device)
+        state = in_8_bits(state, products, device, management.get_free_memory(offload))
     settings.set_inference_dtype(dtype, management.unet_manual_cast(dtype, device, supported))
     model = settings.get_model(state, device=torch.device("meta"))
     place(model.diffusion_model, state, dtype, HostLinear)
+    # Before packing, which hides the matrices from ComfyUI's own count and copies each of them.
+    size = management.module_size(model)
+    del state
     if device.type == "cpu":
         pack(model.diffusion_model)
-    patcher = QuantPatcher(model.to(offload).eval().requires_grad_(False), device, offload)
+    patcher = QuantPatcher(model.to(offload).eval().requires_grad_(False), device, offload, size)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, share_modulation)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (build_model, (path, dtype, expand, products))

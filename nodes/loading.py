@@ -15,8 +15,8 @@ DTYPE_TIP = (
     "the memory of fp32."
 )
 MODEL_DTYPE_TIP = (
-    f"{DTYPE_TIP} int8 and fp8 multiply the blocks in 8 bits, where your hardware can: faster and "
-    "in less memory, but not quite the same picture."
+    f"{DTYPE_TIP} int8 and fp8 multiply the blocks in 8 bits, where your hardware can: in less "
+    "memory, faster on CPUs, but not quite the same picture."
 )
 
 

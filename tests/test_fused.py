@@ -98,6 +98,40 @@ def test_a_form_that_does_not_compile_is_not_used(caplog):
     assert message.startswith("broken runs without a compiler: ")
 
 
+@compiles
+def test_a_form_that_fails_later_is_given_up(caplog, monkeypatch):
+    """As when its compiler has to work again and cannot: for another setting, or over a limit."""
+    x, out, fused = torch.randn(9, 4), torch.empty(9, 4), Fused()
+    fused.run(lambda: out.copy_(x * 2), double, (x,), (out,))
+    (key,) = fused._forms
+
+    def fail(*_):
+        out.fill_(7)
+        raise RuntimeError("recompile limit\nand a long story")
+
+    monkeypatch.setitem(fused._forms, key, fail)
+    with caplog.at_level("INFO", "chroma"):
+        for _ in range(2):
+            fused.run(lambda: out.copy_(x * 2), double, (x,), (out,))
+            assert torch.equal(out, x * 2)
+    assert caplog.messages == ["double runs without a compiler: recompile limit"]
+
+
+@compiles
+def test_each_width_is_seen_to_be_right(caplog):
+    fused, checked = Fused(), []
+    for width in (4, 8, 4, 8):
+        x, out = torch.randn(9, width), torch.empty(9, width)
+
+        def plain(x=x, out=out):
+            checked.append(x.shape[1])
+            out.copy_(x * 2)
+
+        fused.run(plain, double, (x,), (out,))
+        assert torch.equal(out, x * 2)
+    assert checked == [4, 8]
+
+
 def test_without_a_compiler_the_plain_form_runs(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)

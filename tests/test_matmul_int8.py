@@ -68,7 +68,7 @@ def test_no_scale_carries_an_integer_past_its_range() -> None:
 @pytest.mark.parametrize("shape", [(1, 48), (3, 17, 48), (200, 48)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_product_is_the_integer_one(dtype, shape, bias) -> None:
-    weight, scale = quantise_int8(torch.randn(80, 48) * 0.05)  # never square: see `prepack`
+    weight, scale = quantise_int8(torch.randn(80, 48) * 0.05)
     x, b = torch.randn(shape).to(dtype), torch.randn(80).to(dtype) if bias else None
     y = linear_int8(x, prepack(weight), scale, b)
     assert y.dtype == dtype and y.shape == (*shape[:-1], 80)
@@ -95,6 +95,18 @@ def test_one_scale_for_the_whole_matrix() -> None:
     scale = torch.tensor(0.02)
     y = linear_int8(x, prepack(weight), scale, None)
     torch.testing.assert_close(y.double(), oracle(x, weight, scale, None), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 31, 33, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_product_of_gpus(tokens, dtype) -> None:
+    """torch's own int8 product, whose CPU form takes any shape."""
+    weight, scale = quantise_int8(torch.randn(64, 48) * 0.05)
+    x, bias = torch.randn(tokens, 48).to(dtype), torch.randn(64).to(dtype)
+    y = linear_int8(x, weight, scale, bias)
+    rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 1e-5}[dtype]
+    expected = oracle(x, weight, scale, bias)
+    torch.testing.assert_close(y.double(), expected, rtol=rtol, atol=rtol * 4)
 
 
 def test_no_tokens() -> None:

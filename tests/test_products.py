@@ -1,5 +1,10 @@
 """Products in 8 bits, chosen for a whole model: which layers, how well, and what stays exact."""
 
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from chroma_nodes.chroma.checkpoint import load_transformer
@@ -7,6 +12,7 @@ from chroma_nodes.chroma.checkpoint.read import read_transformer
 from chroma_nodes.chroma.pipeline import Pipeline, Settings, generate
 from chroma_nodes.chroma.quant import products
 from chroma_nodes.chroma.quant.floats import E4M3, INT8
+from chroma_nodes.chroma.quant.fused import can_compile
 from chroma_nodes.chroma.quant.gguf_formats import GGUF_FORMATS
 from chroma_nodes.chroma.quant.kernels import Kernels
 from chroma_nodes.chroma.quant.layers import QuantLinear
@@ -18,6 +24,7 @@ from chroma_nodes.chroma.tiny import files as small
 from torch.nn import functional as F
 
 CPU = torch.device("cpu")
+ROOM = 10**12
 fast = pytest.mark.skipif(not has_int8(CPU), reason="this CPU multiplies no int8 matrices fast")
 LINEARS = ("img_attn.qkv", "img_attn.proj", "img_mlp.0", "img_mlp.2", "txt_attn.qkv",
            "txt_attn.proj", "txt_mlp.0", "txt_mlp.2", "linear1", "linear2")  # fmt: skip
@@ -31,13 +38,13 @@ def seeded():
 @pytest.fixture
 def any_device(monkeypatch):
     """A device with every kind of product, as far as the choice of layers goes."""
-    monkeypatch.setattr(products, "available", lambda device: Kernels(True, True, True, {}))
+    monkeypatch.setattr(products, "available", lambda device: Kernels(True, True, {}))
 
 
 @pytest.mark.parametrize(("kind", "format_"), [("int8", INT8), ("fp8", E4M3)])
 def test_only_the_blocks_linears_change(any_device, kind, format_):
     _, state = read_transformer(small.TRANSFORMER)
-    found = in_8_bits(state, kind, CPU)
+    found = in_8_bits(state, kind, CPU, ROOM)
     assert list(found) == list(state)
     for name, weight in found.items():
         block, _, layer = name.removesuffix(".weight").partition("_blocks.")
@@ -62,18 +69,18 @@ def test_quantised_files(any_device):
     names = [f"double_blocks.0.img_mlp.{i}.weight" for i in (0, 2)]
     mine, q8_0 = matrix(INT8), matrix(GGUF_FORMATS["Q8_0"])
     kept = matrix(E4M3, full_precision=True)
-    found = in_8_bits({names[0]: mine, names[1]: q8_0, "img_in.weight": mine}, "int8", CPU)
+    found = in_8_bits({names[0]: mine, names[1]: q8_0, "img_in.weight": mine}, "int8", CPU, ROOM)
     assert found[names[0]].eight_bit and found[names[0]].data is mine.data
     assert found["img_in.weight"] is mine
     values = q8_0.dequantise(torch.float32)
     error = (found[names[1]].dequantise(torch.float32) - values).abs()
     assert (error <= values.abs().amax(1, keepdim=True) / 127 * 0.50001).all()
-    assert in_8_bits({names[0]: kept}, "fp8", CPU)[names[0]] is kept
+    assert in_8_bits({names[0]: kept}, "fp8", CPU, ROOM)[names[0]] is kept
 
 
 def test_a_device_without_such_products_stays_exact(caplog):
     state = {"double_blocks.0.img_mlp.0.weight": torch.randn(64, 64)}
-    assert in_8_bits(state, "fp8", CPU) == state
+    assert in_8_bits(state, "fp8", CPU, ROOM) == state
     (message,) = caplog.messages
     assert message.startswith("Products in fp8 are not possible here: needs an NVIDIA GPU")
 
@@ -110,3 +117,56 @@ def test_the_small_model_in_int8(tmp_path):
     ]
     error = (pictures[0] - pictures[1]).square().mean()
     assert 0 < error < 10**-2.5  # above 25 dB
+
+
+def test_bare_fp8_keeps_its_bytes(any_device):
+    name = "double_blocks.0.img_mlp.0.weight"
+    bare = replace(matrix(E4M3), scale=None)
+    found = in_8_bits({name: bare}, "fp8", CPU, ROOM)[name]
+    assert found.eight_bit and found.data is bare.data
+    assert torch.equal(found.dequantise(torch.float32), bare.dequantise(torch.float32))
+
+
+def test_too_little_memory_keeps_the_file_as_it_is(any_device, caplog):
+    state = {"double_blocks.0.img_mlp.0.weight": torch.randn(64, 64)}
+    assert in_8_bits(state, "int8", CPU, 64 * 64 - 1) == state
+    (message,) = caplog.messages
+    assert message.startswith("Products in int8 need")
+
+
+@fast
+def test_packed_layers_can_be_copied_and_compiled():
+    layer = QuantLinear(matrix(INT8, eight_bit=True), torch.randn(64), Scratch())
+    layer.pack()
+    x = torch.randn(5, 64)
+    with torch.no_grad():
+        y = layer(x)
+        assert torch.equal(copy.deepcopy(layer)(x), y)
+        if can_compile(CPU):
+            torch.testing.assert_close(torch.compile(layer)(x), y)
+
+
+@fast
+def test_int8_weights_are_in_memory_once(tmp_path):
+    """At the widths of the real model one matrix is 38 MB; packing may add one, not all."""
+    code = (
+        "import torch, resource\n"
+        "from chroma_nodes.chroma.quant.floats import INT8\n"
+        "from chroma_nodes.chroma.quant.layers import QuantLinear, pack, place\n"
+        "from chroma_nodes.chroma.quant.tensor import QuantTensor\n"
+        "from torch import nn\n"
+        "with torch.device('meta'):\n"
+        "    model = nn.Sequential(*(nn.Linear(3072, 12288, bias=False) for _ in range(8)))\n"
+        "def matrix():\n"
+        "    data = torch.ones(12288, 3072, dtype=torch.int8)\n"
+        "    return QuantTensor(INT8, data, torch.ones(()), (12288, 3072), eight_bit=True)\n"
+        "state = {f'{i}.weight': matrix() for i in range(8)}\n"
+        "place(model, state, torch.float32)\n"
+        "del state\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "pack(model)\n"
+        "assert all(layer.packed is not None for layer in model)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2.5 * 38e3  # kB

@@ -73,6 +73,12 @@ def test_a_link_to_nowhere_is_a_taken_name(tmp_path):
     assert new_file(tmp_path, "x", "q8_0") == tmp_path / "x_00002_.gguf"
 
 
+@pytest.mark.parametrize("name", ["..gguf", "..safetensors", "...", ". .", "a/..gguf", ".gguf"])
+def test_names_of_dots_stand_for_folders(name):
+    with pytest.raises(CheckpointError, match="is no name for a new file"):
+        relative_name(name)
+
+
 def test_relative_names_have_no_ending():
     assert str(relative_name("a/b.safetensors")) == "a/b"
 

@@ -104,8 +104,9 @@ def fill(
         state = expanded(state, dtype, free_memory(device), path)
     device = torch.device(device)
     if products != EXACT:
-        state = in_8_bits(state, products, device)
+        state = in_8_bits(state, products, device, free_memory(device))
     place(model, state, dtype, QuantLinear)
+    del state  # packing makes a second copy, of one matrix after another
     model = model.to(device=device).eval().requires_grad_(False)
     if device.type == "cpu":
         pack(model)

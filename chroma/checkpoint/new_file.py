@@ -17,11 +17,15 @@ def relative_name(name: str) -> PurePosixPath:
     Raises CheckpointError for a name that is empty or leads out of the folder.
     """
     name = name.strip()
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.suffix.lower() in (".gguf", *SUFFIXES):
-        path = path.with_suffix("")
+    stem = name.replace("\\", "/")
+    for suffix in (".gguf", *SUFFIXES):
+        if stem.lower().endswith(suffix):
+            stem = stem[: -len(suffix)]
+            break
+    path = PurePosixPath(stem)
     stays = not path.is_absolute() and ".." not in path.parts
-    if not stays or not path.name or not _FORBIDDEN.isdisjoint(name):
+    # A name of dots alone, such as that of "..gguf", stands for a folder.
+    if not stays or not stem.split("/")[-1].strip(". ") or not _FORBIDDEN.isdisjoint(name):
         raise CheckpointError(
             f"{name!r} is no name for a new file; expected one inside the models folder, such as "
             "Chroma1-HD-q8_0, without .., drive or leading /"

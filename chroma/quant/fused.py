@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Callable, Hashable, Sequence
@@ -19,18 +20,25 @@ Function = Callable[..., None]
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it needs for this device: a C++ compiler, or triton."""
+    """Whether `torch.compile` has what it needs: triton for CUDA, a C++ compiler for a CPU.
+
+    For CPUs under Linux alone: elsewhere a compiler may be there by name and ask to be installed.
+    """
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return False
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
-    compilers = (os.environ.get("CXX"), "g++", "clang++", "cl")
-    return device.type == "cpu" and any(shutil.which(name) for name in compilers if name)
+    if device.type != "cpu" or platform.system() != "Linux":
+        return False
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    return any(shutil.which(name) for name in compilers if name)
 
 
 class Fused:
     """Runs functions in their compiled forms, once these were seen to give the same bits.
 
-    A compiled form is made at a function's first call for a device and dtypes, which takes
-    seconds; the plain form stays where that fails or where the results differ.
+    A compiled form is made at a function's first call for a device, dtypes and widths, which takes
+    seconds; the plain form stays where that fails, later too, or where the results differ.
     """
 
     def __init__(self) -> None:
@@ -47,18 +55,39 @@ class Fused:
 
         The first axis of every tensor may have any length.
         """
-        key = (function, outputs[0].device, *(_kind(t) for t in (*inputs, *outputs)))
+        if torch.compiler.is_compiling():  # a compiler is at work on the caller already
+            function(*inputs, *outputs)
+            return
+        tensors = (*inputs, *outputs)
+        modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        key = (function, outputs[0].device, modes, *map(_kind, tensors))
         if key not in self._forms:
             plain()
             self._forms[key] = _compile(function, inputs, outputs)
-        elif (form := self._forms[key]) is not None:
-            form(*inputs, *outputs)
-        else:
+            return
+        form = self._forms[key]
+        if form is None or not _runs(form, function.__name__, tensors):
+            self._forms[key] = None
             plain()
 
 
 def _kind(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tensor.dtype, tensor.ndim)
+    if tensor is None:
+        return None
+    return tensor.dtype, tensor.shape[1:], tensor.is_inference()
+
+
+def _runs(form: Function, name: str, tensors: Sequence[Tensor | None]) -> bool:
+    """Call a compiled form; False where its compiler, which may have to work again, fails."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's remarks on mixed precision
+            form(*tensors)
+    except Exception as error:  # a compiler's can be of any kind
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.info("%s runs without a compiler: %s", name, reason)
+        return False
+    return True
 
 
 def _compile(
@@ -67,19 +96,17 @@ def _compile(
     """The compiled function if it gives what is expected of these inputs, bit for bit."""
     if not can_compile(expected[0].device):
         return None
+    log.debug("Compiling %s for %s.", function.__name__, expected[0].device)
     form = torch.compile(function, fullgraph=True)
-    with torch.inference_mode(expected[0].is_inference()):  # or it would be compiled once more
-        found = [torch.empty_like(tensor) for tensor in expected]
+    try:
+        with torch.inference_mode(expected[0].is_inference()):  # or it would be compiled once more
+            found = [torch.empty_like(tensor) for tensor in expected]
+    except torch.OutOfMemoryError:
+        return None
     for tensor in (*inputs, *found):
         if tensor is not None and tensor.ndim:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler's remarks on mixed precision
-            form(*inputs, *found)
-    except Exception as error:  # a compiler's can be of any kind
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.info("%s runs without a compiler: %s", function.__name__, reason)
+    if not _runs(form, function.__name__, (*inputs, *found)):
         return None
     if not all(map(_same_bits, found, expected)):
         log.info("%s runs without a compiler: its results differ", function.__name__)

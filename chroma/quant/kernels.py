@@ -4,34 +4,27 @@ from dataclasses import dataclass
 
 import torch
 
-from .fused import can_compile
 from .matmul_fp8 import has_fp8_matmul
 from .matmul_int8 import has_int8
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a device can do, and in `reasons`, by the same names, one line each on why or why not.
-
-    `compiled` says that stored matrices can be expanded by compiled functions.
-    """
+    """What a device can do, and in `reasons`, by the same names, one line each on why not."""
 
     int8: bool
     fp8_matmul: bool
-    compiled: bool
     reasons: dict[str, str]
 
 
 def available(device: torch.device) -> Kernels:
     """The fast products of one device."""
     int8, fp8 = has_int8(device), has_fp8_matmul(device)
-    compiled = can_compile(device)
     reasons = {
         "int8": _int8_reason(device, int8),
         "fp8_matmul": _fp8_reason(device, fp8),
-        "compiled": _compiled_reason(device, compiled),
     }
-    return Kernels(int8, fp8, compiled, reasons)
+    return Kernels(int8, fp8, reasons)
 
 
 def _int8_reason(device: torch.device, there: bool) -> str:
@@ -39,18 +32,12 @@ def _int8_reason(device: torch.device, there: bool) -> str:
         if there:
             return "oneDNN on a CPU with VNNI or AMX"
         return "needs Linux on x86 with VNNI or AMX, and a torch with oneDNN"
-    return "int8 tensor cores" if there else "needs an NVIDIA GPU of compute capability 7.5 or more"
+    if there:
+        return "int8 tensor cores"
+    return "needs an NVIDIA GPU of compute capability 7.5 or more and a torch built for it"
 
 
 def _fp8_reason(device: torch.device, there: bool) -> str:
     if there:
         return "fp8 tensor cores"
-    return f"needs an NVIDIA GPU of compute capability 8.9 or more, and this is {device.type}"
-
-
-def _compiled_reason(device: torch.device, there: bool) -> str:
-    if device.type == "cpu":
-        return "a C++ compiler is installed" if there else "no C++ compiler is installed"
-    if device.type == "cuda":
-        return f"the package triton is {'' if there else 'not '}installed"
-    return f"torch compiles these functions for CPUs and CUDA, and this is {device.type}"
+    return "needs an NVIDIA GPU of compute capability 8.9 or more and a torch built for it"

@@ -4,6 +4,8 @@ Shapes: M tokens, N output features, K input features. Format: Micikevicius et a
 (arXiv:2209.05433). The products are summed in fp32.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,26 @@ def has_fp8_matmul(device: torch.device) -> bool:
     """Whether the device has fp8 tensor cores that torch can use: NVIDIA from compute 8.9 on."""
     if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch, "_scaled_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return torch.cuda.get_device_capability(device) >= (8, 9) and _runs(device, by_row=False)
 
 
 def has_row_scales(device: torch.device) -> bool:
-    """Whether `torch._scaled_mm` takes one scale per row: NVIDIA from compute 9.0 on, and CPUs."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether `torch._scaled_mm` takes one scale per row: some builds for compute 9.0, and CPUs."""
+    if device.type == "cpu":
+        return True
+    return torch.cuda.get_device_capability(device) >= (9, 0) and _runs(device, by_row=True)
+
+
+@functools.cache
+def _runs(device: torch.device, by_row: bool) -> bool:
+    """Whether this build of torch has the kernel for this device, by trying."""
+    x = torch.zeros(_MULTIPLE, _MULTIPLE, dtype=torch.float8_e4m3fn, device=device)
+    one = torch.ones((_MULTIPLE, 1) if by_row else (), device=device)
+    try:
+        _scaled_mm(x, x.t(), one, one.t() if by_row else one, torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
 
 
 def takes_fp8(shape: tuple[int, int]) -> bool:
@@ -87,7 +103,7 @@ def _scaled_mm(
 def _input_scale(x: Tensor, given: float | None, by_row: bool) -> Tensor:
     """fp32 () or (M, 1)."""
     if given is not None:
-        return torch.tensor(given, dtype=torch.float32, device=x.device)
+        return torch.full((), given, dtype=torch.float32, device=x.device)
     largest = x.abs().amax(-1, keepdim=True) if by_row else x.abs().amax()
     scale = largest.float() / _LARGEST
     return torch.where(scale > 0, scale, 1.0)

@@ -25,7 +25,8 @@ _PART_ROWS, _PART_TOKENS = 3072, 1024
 # reference kernel that is four orders of magnitude slower.
 _ZERO_POINT = 128
 _CPU_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}
-_INT_MM_MIN_TOKENS = 17
+# cuBLAS asks for more than 16 tokens, and some versions compute wrongly with just over that.
+_MIN_TOKENS = 32
 _MULTIPLE = 8
 
 
@@ -35,7 +36,18 @@ def has_int8(device: torch.device) -> bool:
         return _cpu_has_vnni() and hasattr(torch.ops.onednn, "qlinear_pointwise")
     if device.type != "cuda" or torch.version.cuda is None or not hasattr(torch, "_int_mm"):
         return False
-    return torch.cuda.get_device_capability(device) >= (7, 5)
+    return torch.cuda.get_device_capability(device) >= (7, 5) and _int_mm_runs(device)
+
+
+@functools.cache
+def _int_mm_runs(device: torch.device) -> bool:
+    """Whether this build of torch has the kernel for this device, by trying."""
+    a = torch.zeros(_MIN_TOKENS, _MIN_TOKENS, dtype=torch.int8, device=device)
+    try:
+        torch._int_mm(a, a.t())  # pyright: ignore[reportPrivateImportUsage]
+    except RuntimeError:
+        return False
+    return True
 
 
 @functools.cache
@@ -53,47 +65,50 @@ def quantise_tokens(
 
     x = scale * (integer - zero point). With zero point 128 the integers are uint8. The scale is
     absmax / 127 rounded to bf16, so that a product in bf16 can be scaled without a second error;
-    that rounding is too small to carry an integer past 127. A token that is not finite gets a
-    scale that is not finite. The integers are in `scratch`'s memory where it is given.
+    that rounding is too small to carry an integer past 127 where scales are normal numbers. A
+    token that is not finite gets a scale that is not finite. The integers are in `scratch`'s
+    memory where it is given.
     """
     dtype = torch.uint8 if zero_point else torch.int8
     scratch = scratch or Scratch()
     out = scratch.take((len(x), x.shape[1]), dtype, x.device)
-    scale = torch.empty(len(x), 1, dtype=torch.bfloat16, device=x.device)
+    largest = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
-    def find_scales() -> None:
-        scale.copy_(_row_absmax(x).float() / _MAX_INT8)
+    def find_largest() -> None:
+        largest.copy_(_row_absmax(x))
 
     def by_parts() -> None:
-        for start in range(0, len(x), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            values = x[part].to(torch.float32, copy=True).mul_(_inverse(scale[part])).round_()
+        size = _CHUNK if x.device.type == "cpu" else len(x)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            values = x[part].to(torch.float32, copy=True).mul_(inverse[part]).round_()
             out[part].copy_(values.add_(zero_point))
 
-    if x.numel() < _WORTH_COMPILING:
-        find_scales()
-        by_parts()
+    worth = x.numel() >= _WORTH_COMPILING
+    if worth:
+        scratch.fused.run(find_largest, _largest, (x,), (largest,))
     else:
-        scratch.fused.run(find_scales, _find_scales, (x,), (scale,))
-        scratch.fused.run(by_parts, _unsigned if zero_point else _signed, (x, scale), (out,))
+        find_largest()
+    scale = (largest / _MAX_INT8).bfloat16()
+    # Not in the compiled function: GPUs' compilers take the reciprocal by approximation.
+    inverse = torch.where(scale > 0, scale, 1.0).float().reciprocal_()
+    if worth:
+        scratch.fused.run(by_parts, _unsigned if zero_point else _signed, (x, inverse), (out,))
+    else:
+        by_parts()
     return out, scale
 
 
-def _find_scales(x: Tensor, scale: Tensor) -> None:
-    scale.copy_(x.float().abs().amax(-1, keepdim=True) / _MAX_INT8)
+def _largest(x: Tensor, out: Tensor) -> None:
+    out.copy_(x.float().abs().amax(-1, keepdim=True))
 
 
-def _inverse(scale: Tensor) -> Tensor:
-    values = scale.float()
-    return torch.where(values > 0, values, 1.0).reciprocal()
+def _signed(x: Tensor, inverse: Tensor, out: Tensor) -> None:
+    out.copy_((x.float() * inverse).round())
 
 
-def _signed(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    out.copy_((x.float() * _inverse(scale)).round())
-
-
-def _unsigned(x: Tensor, scale: Tensor, out: Tensor) -> None:
-    out.copy_((x.float() * _inverse(scale)).round() + _ZERO_POINT)
+def _unsigned(x: Tensor, inverse: Tensor, out: Tensor) -> None:
+    out.copy_((x.float() * inverse).round() + _ZERO_POINT)
 
 
 def _row_absmax(x: Tensor) -> Tensor:
@@ -112,6 +127,9 @@ class PackedWeight:
     def unpacked(self) -> Tensor:
         """The weight, int8 (N, K)."""
         return torch.cat([part.to_dense().t() for part in self.parts])  # packed as (K, rows)
+
+    def __deepcopy__(self, _: dict) -> "PackedWeight":
+        return self  # its parts have no storage that could be copied, and never change
 
 
 def prepack(weight: Tensor) -> PackedWeight:
@@ -151,6 +169,7 @@ def linear_int8(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+@torch.compiler.disable()
 def _onednn(
     x: Tensor, packed: PackedWeight, scale: Tensor, bias: Tensor | None, scratch: Scratch | None
 ) -> Tensor:
@@ -181,10 +200,10 @@ def _sums(integers: Tensor, weight: Tensor, row_scales: Tensor, dtype: torch.dty
 def _int_mm(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scratch: Scratch | None
 ) -> Tensor:
-    """cuBLAS's int8 product, which asks for more than 16 tokens."""
+    """torch's int8 product, of a number of tokens that cuBLAS likes."""
     integers, token_scale = quantise_tokens(x, scratch=scratch)
-    missing = _INT_MM_MIN_TOKENS - len(x)
-    if missing > 0:
+    missing = max(_MIN_TOKENS - len(x), -len(x) % _MULTIPLE)
+    if missing:
         integers = F.pad(integers, (0, 0, 0, missing))
     product = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
     sums = product(integers, weight.t())[: len(x)]

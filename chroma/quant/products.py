@@ -33,25 +33,28 @@ Matrix = Tensor | QuantTensor
 
 
 def in_8_bits(
-    state: Mapping[str, Matrix], products: str, device: torch.device
+    state: Mapping[str, Matrix], products: str, device: torch.device, free: int
 ) -> dict[str, Matrix]:
     """The state dict with the blocks' matrices ready for products in "int8" or "fp8".
 
     Matrices of that format keep their bytes, others are rounded to it. Those that their file's
-    maker wants multiplied in full precision are left alone. A device without such products gets
-    the state dict as it is, with a warning.
+    maker wants multiplied in full precision are left alone. A device without such products, or
+    with fewer than the needed bytes `free`, gets the state dict as it is, with a warning.
     """
     found = available(device)
     if not {"int8": found.int8, "fp8": found.fp8_matmul}[products]:
         reason = found.reasons["int8" if products == "int8" else "fp8_matmul"]
         log.warning("Products in %s are not possible here: %s. They stay exact.", products, reason)
         return dict(state)
-    return {
-        name: _in_8_bits(weight, products)
-        if _IN_BLOCKS.fullmatch(name) and weight.ndim == 2
-        else weight
-        for name, weight in state.items()
-    }
+    chosen = [n for n, w in state.items() if _IN_BLOCKS.fullmatch(n) and w.ndim == 2]
+    needed = sum(state[name].numel() for name in chosen)
+    if needed > free:
+        log.warning(
+            "Products in %s need %.1f GB and %.1f GB are free. They stay exact.",
+            products, needed / 1e9, free / 1e9,
+        )  # fmt: skip
+        return dict(state)
+    return {**state, **{name: _in_8_bits(state[name], products) for name in chosen}}
 
 
 def _in_8_bits(weight: Matrix, products: str) -> Matrix:
@@ -62,8 +65,9 @@ def _in_8_bits(weight: Matrix, products: str) -> Matrix:
     if isinstance(weight, QuantTensor):
         if weight.full_precision:
             return weight
-        if weight.format is target and weight.scale is not None:
-            return replace(weight, eight_bit=True)
+        if weight.format is target:
+            scale = torch.ones(()) if weight.scale is None else weight.scale
+            return replace(weight, scale=scale, eight_bit=True)
         weight = weight.dequantise(torch.float32)
     data, scale = (quantise_int8 if products == "int8" else quantise_fp8)(weight)
     return QuantTensor(target, data, scale, shape, eight_bit=True)
@@ -81,9 +85,10 @@ def product(
     `packed` is the weight in the layout of this CPU's int8 products, if it is held in that.
     """
     scale = weight.scale
-    if not weight.eight_bit or scale is None or (torch.is_grad_enabled() and x.requires_grad):
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if not weight.eight_bit or scale is None or (wanted and torch.is_grad_enabled()):
         weight = weight if packed is None else replace(weight, data=packed.unpacked())
         return linear(x, weight, bias, scratch)
-    if weight.format is INT8:
+    if weight.format.name == INT8.name:  # torch.compile makes other objects of formats
         return linear_int8(x, packed or weight.data, scale, bias, scratch)
     return linear_fp8(x, weight.data, scale, bias, weight.input_scale)
