@@ -1,5 +1,6 @@
 """Chroma: a noisy latent, its sigma and a text embedding in, the velocity out."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from .approximator import Approximator, ModulationTable, approximator_input
 from .blocks import DoubleBlock, FinalLayer, SingleBlock, layer_norm, run_double, run_single
+from .caching import Batch, CachedRows
 from .config import THETA, ChromaConfig
 from .latents import pack, pad_to_patch, position_ids, text_mask, unpack
 from .nag import NAG, join
@@ -61,13 +63,14 @@ class ChromaTransformer(nn.Module):
         *,
         table: ModulationTable | None = None,
         nag: NAG | None = None,
+        cached: CachedRows | None = None,
     ) -> Tensor:
         """Velocity (noise minus image) at `latent` (B, 16, h, w).
 
         sigma: (B,) in [0, 1], 1 is pure noise. context: text embedding (B, T, context_dim).
         lengths: (B,) tokens of each row that exist, where they differ. table: the modulation
         at these sigmas, when the caller has it already; it is made once here otherwise. nag: a
-        negative prompt inside the attention.
+        negative prompt inside the attention. cached: what the run remembers of these rows.
         """
         h, w = latent.shape[-2:]
         latent = pad_to_patch(latent)
@@ -82,7 +85,7 @@ class ChromaTransformer(nn.Module):
             context, joint = join(nag, context, sigma, tokens.shape[1])
             if joint is not None:
                 attention = joint.wrap(attention)
-        velocity = self.run(tokens, context, table, latent.shape[-2:], mask, attention)
+        velocity = self.run(tokens, context, table, latent.shape[-2:], mask, attention, cached)
         return unpack(velocity, *latent.shape[-2:])[..., :h, :w]
 
     def run(
@@ -93,22 +96,40 @@ class ChromaTransformer(nn.Module):
         size: torch.Size | tuple[int, int],
         mask: Tensor | None,
         attention: Attention | None = None,
+        cached: CachedRows | None = None,
     ) -> Tensor:
         """Velocity of packed tokens (B, L, 64); size is the even latent's height and width."""
-        heads, attention = self.config.heads, attention or self.attention
+        attention = attention or self.attention
         img, txt = self.img_in(tokens), self.txt_in(context)
         ids = position_ids(txt.shape[1], size[0], size[1], tokens.device)
         rope = rope_table(ids, self.config.rope_axes, THETA)
-        for i, block in enumerate(self.double_blocks):
-            mods = table.double(i)
-            img, txt = run_double(
-                block, img, txt, mods, rope, mask, heads=heads, attention=attention
-            )  # fmt: skip
-        x = torch.cat([txt, img], dim=1)
-        for i, block in enumerate(self.single_blocks):
-            x = run_single(block, x, table.single(i), rope, mask, heads=heads, attention=attention)
-        img = x[:, txt.shape[1] :]
+        kw: dict[str, Any] = {"rope": rope, "attention": attention}
+        batch = Batch(img, txt, table, mask)
+        if cached is None:
+            img = self._run_from(0, batch, **kw)
+        else:
+            first, later = partial(self._run_double, 0, **kw), partial(self._run_from, 1, **kw)
+            img = cached.run(batch, first, later, together=attention is not self.attention)
         return self.final_layer.linear(modulate(layer_norm(img), *table.final()))
+
+    def _run_double(self, i: int, batch: Batch, rope: Tensor, attention: Attention) -> Batch:
+        block, mods = self.double_blocks[i], batch.table.double(i)
+        img, txt = run_double(
+            block, batch.img, batch.txt, mods, rope, batch.mask,
+            heads=self.config.heads, attention=attention,
+        )  # fmt: skip
+        return Batch(img, txt, batch.table, batch.mask)
+
+    def _run_from(self, start: int, batch: Batch, rope: Tensor, attention: Attention) -> Tensor:
+        """The image (B, L, C) after all blocks from the double one with number `start` on."""
+        for i in range(start, len(self.double_blocks)):
+            batch = self._run_double(i, batch, rope, attention)
+        heads, mask = self.config.heads, batch.mask
+        x = torch.cat([batch.txt, batch.img], dim=1)
+        for i, block in enumerate(self.single_blocks):
+            mod = batch.table.single(i)
+            x = run_single(block, x, mod, rope, mask, heads=heads, attention=attention)
+        return x[:, batch.txt.shape[1] :]
 
 
 def distinct(sigma: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from . import (
+    caching,
     conditioning,
     guiding,
     host,
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     guiding.ChromaGuider,
     guiding.ChromaGuidance,
     nag.ChromaNAG,
+    caching.ChromaBlockCache,
     quantizing.ChromaQuantize,
 ]
 

@@ -20,12 +20,14 @@ from torch.nn import functional as F
 
 from ..chroma.approximator import ModulationTable
 from ..chroma.blocks import DoubleBlock, SingleBlock, layer_norm, run_double, run_single
+from ..chroma.caching import Batch
 from ..chroma.config import PATCH, THETA, ChromaConfig
 from ..chroma.errors import CheckpointError
 from ..chroma.latents import pack, pad_to_patch, position_ids, text_mask, unpack
 from ..chroma.ops import Attention, modulate, rope_table
 from ..chroma.transformer import ChromaTransformer
-from .host_nag import join_negative
+from .host_caching import ROWS, with_cached_rows
+from .host_nag import OVERRIDE, join_negative
 
 # Key in transformer_options of the run's ModulationMemo.
 MEMO = "chroma_modulation"
@@ -85,14 +87,13 @@ class HostTransformer(ChromaTransformer):
         if chroma_lengths is not None:
             hidden = text_mask(chroma_lengths, text_tokens, tokens.shape[1], x.dtype)
             attention_mask = hidden if attention_mask is None else hidden + attention_mask
-        context, transformer_options = join_negative(
-            context, timestep, tokens.shape[1], transformer_options or {}
-        )
+        options = with_cached_rows(timestep, control, transformer_options or {})
+        context, options = join_negative(context, timestep, tokens.shape[1], options)
         text_tokens = context.shape[1]
         ids = position_ids(text_tokens, *latent.shape[-2:], x.device).expand(len(x), -1, -1)
         velocity = self.forward_orig(
             tokens, ids[:, text_tokens:], context, ids[:, :text_tokens], timestep, guidance,
-            control, transformer_options, attn_mask=attention_mask,
+            control, options, attn_mask=attention_mask,
         )  # fmt: skip
         return unpack(velocity, *latent.shape[-2:])[..., :h, :w]
 
@@ -109,27 +110,43 @@ class HostTransformer(ChromaTransformer):
         img, txt = self.img_in(img), self.txt_in(txt)
         ids = torch.cat([txt_ids[0], img_ids[0]])
         pe = rope_table(ids, self.config.rope_axes, THETA)[None, None]  # (1, 1, T+L, D/2, 2, 2)
-        residuals = control or {}
-        options |= {"total_blocks": len(self.double_blocks), "block_type": "double"}
-        for i, block in enumerate(self.double_blocks):
-            options["block_index"] = i
-            vec = tuple(table.double(i))
-            img, txt = self._double(block, i, img, txt, vec, pe, attn_mask, options)
-            if (add := _residual(residuals, "input", i)) is not None:
-                img = img + add
-        x = torch.cat([txt, img], dim=1)
-        text_tokens = txt.shape[1]
+        batch, cached = Batch(img, txt, table, attn_mask), options.get(ROWS)
+        kw = {"pe": pe, "control": control or {}, "options": options}
+        if cached is None:
+            img = self._run_from(0, batch, **kw)
+        else:
+            first, later = partial(self._run_double, 0, **kw), partial(self._run_from, 1, **kw)
+            # What takes the attention's place may rely on all rows being there.
+            img = cached.run(batch, first, later, together=OVERRIDE in options)
+        return self.final_layer.linear(modulate(layer_norm(img), *table.final()))
+
+    def _run_double(self, i: int, batch: Batch, pe: Tensor, control: dict, options: dict) -> Batch:
+        count = len(self.double_blocks)
+        options |= {"total_blocks": count, "block_type": "double", "block_index": i}
+        vec = tuple(batch.table.double(i))
+        block, img, txt = self.double_blocks[i], batch.img, batch.txt
+        img, txt = self._double(block, i, img, txt, vec, pe, batch.mask, options)
+        if (add := _residual(control, "input", i)) is not None:
+            img = img + add
+        return Batch(img, txt, batch.table, batch.mask)
+
+    def _run_from(
+        self, start: int, batch: Batch, pe: Tensor, control: dict, options: dict
+    ) -> Tensor:
+        for i in range(start, len(self.double_blocks)):
+            batch = self._run_double(i, batch, pe, control, options)
+        x = torch.cat([batch.txt, batch.img], dim=1)
+        text_tokens = batch.txt.shape[1]
         options |= {
             "total_blocks": len(self.single_blocks), "block_type": "single",
             "img_slice": [text_tokens, x.shape[1]],
         }  # fmt: skip
         for i, block in enumerate(self.single_blocks):
             options["block_index"] = i
-            x = self._single(block, i, x, table.single(i), pe, attn_mask, options)
-            if (add := _residual(residuals, "output", i)) is not None:
+            x = self._single(block, i, x, batch.table.single(i), pe, batch.mask, options)
+            if (add := _residual(control, "output", i)) is not None:
                 x = x + F.pad(add, (0, 0, text_tokens, 0))
-        img = layer_norm(x[:, text_tokens:])
-        return self.final_layer.linear(modulate(img, *table.final()))
+        return x[:, text_tokens:]
 
     def get_modulations(self, tensor: Tensor, block_type: str, *, idx: int = 0) -> Any:
         """One block's share of the approximator's output (B, M, C), as other packs ask for it."""

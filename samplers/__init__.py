@@ -19,6 +19,7 @@ from .dpmpp_sde import sample_dpmpp_sde
 from .euler import sample_euler
 from .euler_ancestral import sample_euler_ancestral
 from .flash import sample_flash
+from .flow_pec import sample_flow_pec
 from .gradient_estimation import sample_gradient_estimation
 from .heun import sample_heun
 from .res_2m import sample_res_2m, sample_res_2m_ode
@@ -29,6 +30,7 @@ from .sa_solver import sample_sa_solver
 __all__ = ["OWN_ETA", "SAMPLERS", "choose", "own_or", "takes"]
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "flow_pec": sample_flow_pec,
     "euler": sample_euler,
     "euler_ancestral": sample_euler_ancestral,
     "euler_cfg_pp": sample_euler_cfg_pp,

@@ -1,9 +1,12 @@
-"""A two-step Runge-Kutta method for few-step models: two evaluations a step (one in the last)."""
+"""flash: for few-step models, flow_pec with one evaluation a step, or a two-step Runge-Kutta."""
 
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from ..chroma.errors import SamplingError
+from .adams import advance
+from .flow_pec import sample_flow_pec
 from .steps import check_sigmas, level, quadrature, report, velocity
 
 # The inner node lies at this share of the step.
@@ -11,7 +14,23 @@ NODE = 2 / 3
 
 
 @torch.no_grad()
-def sample_flash(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=None, disable=None):
+def sample_flash(
+    model,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    substeps: int = 1,
+):
+    """One evaluation a step by flow_pec with its automatic choices, or two with `substeps` 2."""
+    if substeps not in (1, 2):
+        raise SamplingError(f"flash: substeps {substeps} is not usable; expected 1 or 2")
+    sample = sample_flow_pec if substeps == 1 else _two_evaluations
+    return sample(model, x, sigmas, extra_args, callback, disable)
+
+
+def _two_evaluations(model, x: Tensor, sigmas: Tensor, extra_args, callback, disable):
     """Sub-steps at two thirds, combined with the previous step's own sub-step.
 
     A two-step Runge-Kutta method (Jackiewicz & Tracogna 1995) on the velocity: the inner node is
@@ -33,15 +52,12 @@ def sample_flash(model, x: Tensor, sigmas: Tensor, extra_args=None, callback=Non
         known = [(s[i], velocity(x, denoised, s[i]))]
         if last_node is not None:
             known.append(last_node)
-        inner = _advance(x, known, s[i], middle)
+        inner = _integrate(x, known, s[i], middle)
         v = velocity(inner, model(inner, level(x, middle), **extra), middle)
-        x = _advance(x, [*known, (middle, v)], s[i], s[i + 1])
+        x = _integrate(x, [*known, (middle, v)], s[i], s[i + 1])
         last_node = (middle, v)
     return x
 
 
-def _advance(x: Tensor, known: list[tuple[float, Tensor]], start: float, end: float) -> Tensor:
-    weights = quadrature([sigma for sigma, _ in known], start, end)
-    for weight, (_, v) in zip(weights, known, strict=True):
-        x = x + weight * v
-    return x
+def _integrate(x: Tensor, known: list[tuple[float, Tensor]], start: float, end: float) -> Tensor:
+    return advance(x, known, quadrature([sigma for sigma, _ in known], start, end))

@@ -122,14 +122,15 @@ class Server:
         return run
 
     def pictures(self, run: Run) -> list[Path]:
-        """The files a run saved. The history follows the last event a moment later."""
+        """The files a run saved, by name. The history follows the last event a moment later."""
         for _ in range(100):
             if history := self.get(f"/history/{run.prompt_id}"):
                 break
             time.sleep(0.1)
         outputs = history[run.prompt_id]["outputs"]
-        return [
+        return sorted(
             self.base / "output" / image["subfolder"] / image["filename"]
             for output in outputs.values()
             for image in output.get("images", [])
-        ]
+            if image["type"] == "output"
+        )

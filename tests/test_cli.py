@@ -94,7 +94,7 @@ def test_run_with_overrides(tmp_path):
         ),
         (["generate", "x", "--steps", "0"], "input steps: 0 is not usable"),
         (["generate", "x", "--cfg", "nan"], "input cfg: nan is not usable"),
-        (["generate", "x", "--sampler", "dpm"], "unknown sampler 'dpm'; expected one of euler"),
+        (["generate", "x", "--sampler", "dpm"], "unknown sampler 'dpm'; expected one of flow_pec"),
         (["generate", "x", "--scheduler", "karras"], "unknown scheduler 'karras'"),
         (["generate", "x", "--shift", "0"], "input shift: 0.0 is not usable"),
         (["generate", "x", "--seed", "-1"], "input noise_seed: -1 is not usable"),

@@ -43,6 +43,9 @@ def two_modes(x, sigma, **_):
 
 
 def run(name, model, x, sigmas, **kw):
+    """flash in its form of two evaluations a step; the other one is flow_pec."""
+    if name == "flash":
+        kw["substeps"] = 2
     return SAMPLERS[name](model, x, sigmas, disable=True, **kw)
 
 

@@ -21,8 +21,8 @@ def signature(workflow):
     return sorted(n["type"] for n in nodes.values()), links
 
 
-def test_five_of_each():
-    assert len(API) == len(UI) == 5
+def test_six_of_each():
+    assert len(API) == len(UI) == 6
 
 
 @pytest.mark.parametrize("path", UI, ids=lambda p: p.stem)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..caching import BlockCache, CachedRows
 from ..errors import SamplingError
 from ..nag import NAG
 from ..text.encoder import TextEmbedding
@@ -42,8 +43,9 @@ class Denoiser:
     """The transformer as samplers see it: (x, sigma) -> denoised = x - sigma * velocity.
 
     `uncond` is the negative prompt; it is not run where the scale is 1 and it has no effect.
-    `cfg` is the scale, or a whole Guidance; `nag` guides the positive prompt within the attention.
-    One Denoiser serves one run: momentum and zero-init remember what went before.
+    `cfg` is the scale, or a whole Guidance; `nag` guides the positive prompt within the attention;
+    `cache` cuts passes short in which little changes. One Denoiser serves one run: momentum,
+    zero-init and the cache remember what went before.
     """
 
     transformer: ChromaTransformer
@@ -51,6 +53,7 @@ class Denoiser:
     uncond: TextEmbedding | None = None
     cfg: float | Guidance = 1.0
     nag: NAG | None = None
+    cache: BlockCache | None = None
     run: GuidanceRun = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +120,12 @@ class Denoiser:
         if apart or self.nag is not None:
             velocities = [
                 self.transformer(
-                    latent, sigma, *_to(text, weight), table=table, nag=None if i else self.nag
+                    latent,
+                    sigma,
+                    *_to(text, weight),
+                    table=table,
+                    nag=None if i else self.nag,
+                    cached=self._cached([i], sigma),
                 )
                 for i, text in enumerate(texts)
             ]
@@ -128,10 +136,14 @@ class Denoiser:
             )
             latent = latent.repeat(n, *[1] * (x.ndim - 1))
             velocities = self.transformer(
-                latent, sigma.repeat(n), *_to(both, weight), table=table
-            ).chunk(n)
+                latent, sigma.repeat(n), *_to(both, weight), table=table,
+                cached=self._cached(range(n), sigma),
+            ).chunk(n)  # fmt: skip
         level = sigma.view(-1, *[1] * (x.ndim - 1))
         return [x - level * velocity.float() for velocity in velocities]
+
+    def _cached(self, prompts: Sequence[int], sigma: Tensor) -> CachedRows | None:
+        return None if self.cache is None else self.cache.rows(prompts, sigma)
 
 
 def _to(embedding: TextEmbedding, weight: Tensor) -> tuple[Tensor, Tensor]:

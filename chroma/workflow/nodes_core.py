@@ -12,6 +12,7 @@ from ...samplers import SAMPLERS
 from ...schedulers import SCHEDULERS, SCHEDULERS_COMPAT, get_sigmas
 from ...schedulers.shift import flux_mu
 from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
+from ..caching import BlockCache
 from ..config import LATENT_CHANNELS
 from ..errors import ImageError, SamplingError
 from ..guidance import Denoiser
@@ -64,8 +65,10 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
     start = _to_model_space(latent["samples"]).to(device)
     shape = start.shape
     drawn = torch.zeros(shape) if noise.seed is None else make_noise(shape, noise.seed)
+    model = guider.model
+    cache = None if model.cache is None else BlockCache(model.cache)
     denoiser = Denoiser(
-        guider.model.transformer, guider.positive, guider.negative, guider.plan, guider.model.nag
+        model.transformer, guider.positive, guider.negative, guider.plan, model.nag, cache
     )
     last: dict[str, Tensor] = {}
 
@@ -80,6 +83,8 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
         callback=on_step, disable_progress=not context.progress,
     )  # fmt: skip
     log.info("%d forward passes", denoiser.passes)
+    if cache is not None:
+        log.info("%s", cache)
     context.seconds += time.perf_counter() - began
     context.steps += len(sigmas) - 1
     outputs = [result, last.get("denoised", result)]

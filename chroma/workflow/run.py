@@ -12,13 +12,13 @@ import torch
 
 from ..devices import best_device
 from ..errors import ChromaError, WorkflowError
-from . import nodes_chroma, nodes_core, nodes_guidance, nodes_nag
+from . import nodes_caching, nodes_chroma, nodes_core, nodes_guidance, nodes_nag
 from .graph import Link, Node, Prompt, check, check_format
 from .layout import to_interface
 from .schema import Registry
 from .values import Context
 
-_PARTS = (nodes_chroma, nodes_guidance, nodes_nag, nodes_core)
+_PARTS = (nodes_chroma, nodes_guidance, nodes_nag, nodes_caching, nodes_core)
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...schedulers.shift import discrete_table, flux_table
+from ..caching import CacheSettings
 from ..errors import SamplingError, WorkflowError
 from ..guidance import Guidance
 from ..nag import NAG
@@ -36,6 +37,7 @@ class Model:
     # What Chroma Guidance put on it; the scale is the sampler's own.
     guidance: Guidance | None = None
     nag: NAG | None = None
+    cache: CacheSettings | None = None
 
     def with_constant_shift(self, shift: float) -> "Model":
         return replace(self, shift=shift, table=discrete_table(shift))
