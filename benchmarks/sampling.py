@@ -116,6 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=[8, 13, 16, 26, 52])
     parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES), choices=SCHEDULES)
+    parser.add_argument("--samplers", nargs="+", metavar="NAME", help="else every one")
     parser.add_argument("--skip", nargs="*", default=[], choices=("toys", "small"))
     parser.add_argument("--work", type=Path, help="artwork, as small_model.py takes it")
     parser.add_argument("--font", type=Path)
@@ -132,10 +133,11 @@ def main() -> None:
     tasks = [] if "toys" in args.skip else toys()
     if "small" not in args.skip:
         tasks.append(small_model(PROMPTS))
+    compared = [way for way in ways if args.samplers is None or way.name in args.samplers]
     if tasks:
-        result["errors"] = grid(tasks, ways, args.budgets, args.schedules)
+        result["errors"] = grid(tasks, compared, args.budgets, args.schedules)
         print(f"{'geometric mean':28}" + "".join(f"{calls:>9}" for calls in args.budgets))
-        for way in ways:
+        for way in compared:
             row = [
                 median_error(result["errors"], way.name, c, args.schedules) for c in args.budgets
             ]

@@ -9,6 +9,10 @@ class CheckpointError(ChromaError):
     """A model file is unreadable, of another model, incomplete or damaged."""
 
 
+class LoraError(ChromaError):
+    """A LoRA file is unreadable, of another model, damaged, or cannot be applied."""
+
+
 class PromptError(ChromaError):
     """A prompt cannot be encoded."""
 

@@ -1,6 +1,6 @@
 """From files and a prompt to a picture, without ComfyUI."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..samplers import SAMPLERS
+from ..samplers import SAMPLERS, choose
+from ..samplers.noise import RowSeeds
 from ..schedulers import get_sigmas
 from .autoencoder import SPATIAL_FACTOR, Autoencoder
+from .caching import BlockCache, CacheSettings
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .checkpoint.container import is_gguf
 from .config import LATENT_CHANNELS, PATCH
 from .devices import best_device, best_dtype
 from .errors import CheckpointError, ImageError, SamplingError
-from .guidance import Denoiser
+from .guidance import Denoiser, Guidance
+from .nag import NAG, NAGSettings
 from .noise import make_noise
 from .presets import BASE
 from .quant.products import EXACT
@@ -122,13 +125,6 @@ def latent_size(width: int, height: int) -> tuple[int, int]:
     return height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
 
 
-def find_sampler(name: str) -> Any:
-    """The sampler function. Raises SamplingError naming the ones there are."""
-    if name not in SAMPLERS:
-        raise SamplingError(f"unknown sampler '{name}'; expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]
-
-
 @torch.no_grad()
 def generate(
     pipeline: Pipeline,
@@ -136,32 +132,80 @@ def generate(
     negative: str = "",
     settings: Settings | None = None,
     *,
+    guidance: Guidance | None = None,
+    nag: NAGSettings | None = None,
+    cache: CacheSettings | None = None,
+    sampler_options: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] | None = None,
+    image: Tensor | None = None,
+    mask: Tensor | None = None,
     callback: StepCallback | None = None,
     disable_progress: bool = False,
 ) -> Tensor:
-    """Render one picture per prompt: (B, height, width, 3) fp32 in [0, 1].
+    """Render one picture per prompt, or per seed: (B, height, width, 3) fp32 in [0, 1].
 
-    Raises a ChromaError for settings that cannot be used, before anything is computed.
+    `guidance` stands in place of settings.cfg. With `seeds` each picture is the one that its seed
+    gives alone, up to rounding; the prompts are repeated over them. Without, settings.seed draws
+    the noise of the whole batch. `image` (1 or B, height, width, 3) in [0, 1] is what
+    settings.denoise changes, where `mask` (1 or B, H, W) is 1 if there is one. Raises a ChromaError
+    for settings that cannot be used, before anything is computed.
     """
     settings = settings or Settings()
     h, w = latent_size(settings.width, settings.height)
-    sampler = find_sampler(settings.sampler)
+    sampler = choose(SAMPLERS, settings.sampler, **(sampler_options or {}))
     sigmas = get_sigmas(
         settings.scheduler, settings.steps, shift=settings.shift, denoise=settings.denoise,
         **settings.schedule_options,
     )  # fmt: skip
-    noise = make_noise((len(prompts), LATENT_CHANNELS, h, w), settings.seed).to(pipeline.device)
+    plan = guidance or Guidance(settings.cfg)
+    seed = settings.seed if seeds is None else RowSeeds.of(seeds)
+    count = len(prompts) if seeds is None else len(seeds)
+    _check_counts(count, len(prompts), image, mask)
+    noise = make_noise((count, LATENT_CHANNELS, h, w), seed).to(pipeline.device)
+    latent = torch.zeros_like(noise) if image is None else _encode(pipeline, image, noise)
     cond = pipeline.text_encoder.encode(prompts)
     # CFG++ samplers look at the negative prompt at every scale.
-    alone = settings.cfg == 1 and not settings.sampler.endswith("cfg_pp")
-    uncond = None if alone else pipeline.text_encoder.encode([negative])
-    denoiser = Denoiser(pipeline.transformer, cond, uncond, settings.cfg)
+    needs_uncond = plan.uses_uncond or settings.sampler.endswith("cfg_pp")
+    uncond = pipeline.text_encoder.encode([negative]) if needs_uncond or nag else None
+    denoiser = Denoiser(
+        pipeline.transformer, cond, uncond, plan,
+        None if nag is None or uncond is None
+        else NAG(nag, uncond.hidden, tuple(uncond.lengths.tolist())),
+        None if cache is None else BlockCache(cache),
+    )  # fmt: skip
     latent = sample_latent(
-        denoiser, sampler, sigmas.to(pipeline.device), noise, torch.zeros_like(noise),
-        seed=settings.seed,
+        denoiser, sampler, sigmas.to(pipeline.device), noise, latent, seed=seed,
+        mask=None if mask is None else mask.to(pipeline.device),
         callback=callback, disable_progress=disable_progress,
     )  # fmt: skip
     return decode(pipeline.autoencoder, latent)
+
+
+def _check_counts(count: int, prompts: int, image: Tensor | None, mask: Tensor | None) -> None:
+    if not prompts or count % prompts:
+        raise SamplingError(
+            f"{prompts} prompts do not fit {count} seeds; expected one prompt, or one for each seed"
+        )
+    for name, given in (("images", image), ("masks", mask)):
+        if given is not None and len(given) not in (1, count):
+            raise ImageError(
+                f"{len(given)} {name} do not fit {count} pictures; expected one, or one for each"
+            )
+    if mask is not None and image is None:
+        raise ImageError("a mask needs an image, of which it keeps the rest; give one")
+
+
+def _encode(pipeline: Pipeline, image: Tensor, noise: Tensor) -> Tensor:
+    """Pictures (1 or B, H, W, 3) as latents like the noise. Raises ImageError for another size."""
+    height, width = (side * SPATIAL_FACTOR for side in noise.shape[-2:])
+    if image.shape[1:] != (height, width, 3):
+        raise ImageError(
+            f"the image is of shape {tuple(image.shape)}; expected (1, {height}, {width}, 3), the "
+            "settings' height and width"
+        )
+    weight = next(pipeline.autoencoder.parameters())
+    latent = pipeline.autoencoder.encode(image.movedim(-1, 1).to(weight) * 2 - 1)
+    return latent.to(noise).expand_as(noise)
 
 
 @torch.no_grad()

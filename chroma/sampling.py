@@ -36,9 +36,9 @@ def sample_latent(
 
     noise, latent: (B, 16, h, w); latent is zero for text-to-image. sigmas: (steps + 1,) falling.
     mask: 1 where the picture may change, at any size. seed: of the noise that stochastic samplers
-    add. With fewer than two sigmas the latent comes
-    back as it is. Where the last sigma is not 0 the result is divided by 1 minus it, as in ComfyUI,
-    so that another run can take it up.
+    add; RowSeeds has one for each row. With fewer than two sigmas the latent comes back as it is.
+    Where the last sigma is not 0 the result is divided by 1 minus it, as in ComfyUI, so that
+    another run can take it up.
     """
     if len(sigmas) < 2:
         return latent

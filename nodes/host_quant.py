@@ -1,11 +1,14 @@
 """Quantised layers under ComfyUI's memory management, and its LoRA patches on them.
 
-A quantised matrix keeps its bytes: patches are added to its values each time it is used, in fp32,
-as ComfyUI itself does for layers that it keeps off the GPU.
+A quantised matrix keeps its bytes: adapters are computed beside it. Patches that have no such form
+are added to its values each time it is used, in fp32, as ComfyUI itself does for layers that it
+keeps off the GPU.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import comfy.lora
@@ -15,10 +18,14 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..chroma.errors import CheckpointError
+from ..chroma.errors import CheckpointError, LoraError
+from ..chroma.lora.affine import Affine
 from ..chroma.quant.layers import QuantEmbedding, QuantLinear, StoredWeight
 from ..chroma.quant.prefetch import Lane, Prefetch, cuda_lane
 from ..chroma.quant.products import product
+from .host_adapter import compose_beside, placements, with_tensors
+
+log = logging.getLogger("chroma")
 
 
 def _lane(device: torch.device) -> Lane | None:
@@ -65,26 +72,58 @@ class _Patched(StoredWeight):
 
 
 class HostLinear(_Patched, QuantLinear):
-    """A quantised layer under ComfyUI's management."""
+    """A quantised layer under ComfyUI's management, with the adapters that run beside it."""
+
+    affine: Affine | None = None
+    # Of which patches of ComfyUI's the adapters were made.
+    patches_uuid: Any = None
+    _affine_at: tuple[torch.device, torch.dtype] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if self.weight_function or self.bias_function:
-            bias = self._bias(x.device, torch.float32)
-            for function in self.bias_function:
-                bias = function(bias)
-            weight = self.patched(x.device).to(x.dtype)
-            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-        if self.weight.device == x.device or torch.compiler.is_compiling():
-            return super().forward(x)
         bias = self._bias(x.device, x.dtype)
+        if self.weight_function:
+            return F.linear(x, self.patched(x.device).to(x.dtype), bias)
+        if self.affine is None:
+            return self._product(x, bias)
+        affine = self._affine_on(x)
+        if affine.additive:
+            return affine.apply(x, partial(self._product, bias=bias))
+        return affine.apply(x, partial(self._product, bias=None), bias)
+
+    def run_beside(self, affine: Affine | None, dtype: torch.dtype) -> None:
+        """Let adapters, None for none, run in `dtype` from where the matrix is now."""
+        device = self.weight.device
+        self._affine_at = (device, dtype)
+        self.affine = None if affine is None else affine.to(device, dtype)
+        # As ComfyUI does with a matrix that it keeps off the GPU, within its user's limits.
+        if self.affine is not None and self.weight.is_pinned():
+            pinned = (tensor.pin_memory() for tensor in self.affine.tensors())
+            self.affine = with_tensors(self.affine, pinned)
+
+    def _affine_on(self, x: Tensor) -> Affine:
+        """The adapters where x is, in x's dtype."""
+        if (x.device, x.dtype) == self._affine_at:
+            return self.affine
+        tensors = self.affine.tensors()
+        sent = (tensor.to(x.device, x.dtype, non_blocking=True) for tensor in tensors)
+        return with_tensors(self.affine, sent)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.weight.device == x.device or torch.compiler.is_compiling():
+            return product(x, self._held().to(x.device), bias, self.scratch, self.packed)
         with self.prefetch.fetch(self, x.device) as stored:
             return product(x, stored, bias, self.scratch)
 
     def _bias(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
         # The host would else wait here until the GPU has nothing left to do.
         ahead = device.type == "cuda"
-        return None if self.bias is None else self.bias.to(device, dtype, non_blocking=ahead)
+        if self.bias is None or not self.bias_function:
+            return None if self.bias is None else self.bias.to(device, dtype, non_blocking=ahead)
+        bias = self.bias.to(device, torch.float32, copy=True)
+        for function in self.bias_function:
+            bias = function(bias)
+        return bias.to(dtype)
 
 
 class HostEmbedding(_Patched, QuantEmbedding):
@@ -130,10 +169,47 @@ class QuantPatcher(ModelPatcher):
             module.prefetch = prefetch
         return prefetch
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The one of the model's computations; fp32 for T5."""
+        if not hasattr(self.model, "manual_cast_dtype"):
+            return torch.float32
+        return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
+
     def _attach(self) -> None:
+        """Bring the patches to the layers. What comes last acts on values, and so do all then."""
+        reasons: dict[str, str] = {}
         for key, module in self._stored.items():
-            own = [_Patches(key, self.patches)] if key in self.patches else []
-            module.weight_function = [*own, *self.weight_wrapper_patches.get(key, [])]
+            affine, functions = None, list(self.weight_wrapper_patches.get(key, []))
+            patches = self.patches.get(key, [])
+            if patches and not functions and isinstance(module, HostLinear):
+                known = module.affine is not None and module.patches_uuid == self.patches_uuid
+                affine = module.affine if known else self._compose(key, module, patches, reasons)
+            if patches and affine is None:
+                functions = [_Patches(key, self.patches), *functions]
+            module.weight_function = functions
+            if isinstance(module, HostLinear):
+                module.run_beside(affine, self._dtype)
+                module.patches_uuid = self.patches_uuid
+        if reasons:
+            key, reason = next(iter(reasons.items()))
+            log.info(
+                "Patches on %d quantised matrices cannot run beside them and are added at every "
+                "use (%s: %s)", len(reasons), key, reason,
+            )  # fmt: skip
+
+    def _compose(
+        self, key: str, module: HostLinear, patches: Sequence[Any], reasons: dict[str, str]
+    ) -> Affine | None:
+        def weight() -> Tensor:
+            return module.stored.to(self.load_device).dequantise(torch.float32)
+
+        try:
+            shape = (module.out_features, module.in_features)
+            return compose_beside(placements(patches), shape, weight, self.load_device)
+        except LoraError as error:
+            reasons[key] = str(error)
+            return None
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         """Raises CheckpointError where ComfyUI is about to save, when it merges all patches."""
@@ -144,8 +220,18 @@ class QuantPatcher(ModelPatcher):
             )
         self._prefetch.clear()
         result = super().load(*args, **kwargs)
+        self._merge_into_small()
         self._attach()
         return result
+
+    def _merge_into_small(self) -> None:
+        """Patches on norms that stay off the GPU when memory is short; ComfyUI leaves these out."""
+        for key in self.patches:
+            module = self.model.get_submodule(key.rpartition(".")[0])
+            can_patch_when_used = hasattr(module, "comfy_cast_weights")
+            if not (can_patch_when_used or getattr(module, "comfy_patched_weights", False)):
+                self.patch_weight_to_device(key, device_to=self.offload_device)
+                module.comfy_patched_weights = True
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> Any:
         self._prefetch.clear()
@@ -159,7 +245,8 @@ class QuantPatcher(ModelPatcher):
         if unpatch_weights:
             for module in self._stored.values():
                 module.weight_function, module.bias_function = [], []
-                if isinstance(module, QuantLinear):
+                if isinstance(module, HostLinear):
+                    module.run_beside(None, torch.float32)
                     module.scratch.clear()
         return result
 

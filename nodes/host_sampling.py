@@ -1,6 +1,8 @@
 """Our samplers, schedules and shifts in the form ComfyUI takes them."""
 
+import math
 from functools import partial
+from typing import Any
 
 import comfy.k_diffusion.sampling
 import comfy.model_sampling
@@ -8,7 +10,9 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..chroma.noise import make_noise
 from ..samplers import SAMPLERS
+from ..samplers.noise import RowSeeds
 from ..schedulers import SCHEDULERS, get_sigmas
 
 PREFIX = "chroma_"
@@ -39,9 +43,9 @@ def set_constant_shift(model: ModelPatcher, shift: float) -> ModelPatcher:
     return _set_sampling(model, flow, shift=shift, multiplier=1.0)
 
 
-def set_flux_shift(model: ModelPatcher, mu: float) -> ModelPatcher:
-    """A clone that samples at the shift e^mu, with the numbers of ComfyUI's ModelSamplingFlux."""
-    return _set_sampling(model, comfy.model_sampling.ModelSamplingFlux, shift=mu)
+def set_flux_shift(model: ModelPatcher, shift: float) -> ModelPatcher:
+    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingFlux."""
+    return _set_sampling(model, comfy.model_sampling.ModelSamplingFlux, shift=math.log(shift))
 
 
 def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> ModelPatcher:
@@ -51,6 +55,21 @@ def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> Model
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)
     return clone
+
+
+class BatchNoise:
+    """A NOISE in which row i of a batch has the noise of the seed plus i.
+
+    ComfyUI hands `seed` on to the sampler.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = RowSeeds.counting(seed)
+
+    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        """Noise like the latent's samples (B, C, h, w), in their dtype, on the CPU."""
+        samples = latent["samples"]
+        return make_noise(samples.shape, self.seed).to(samples.dtype)
 
 
 def exact(name: str, model_sampling: object, steps: int) -> Tensor:

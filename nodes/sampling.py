@@ -1,12 +1,14 @@
-"""Nodes that choose a sampler, alone or with everything that belongs to it."""
+"""Nodes that choose a sampler, alone or with everything that belongs to it, and its noise."""
 
 from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
+from ..chroma.noise import MAX_SEED
 from ..chroma.presets import BASE, PRESETS
 from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
+from ..samplers.options import OPTIONS, Option
 from .host import one_of
-from .host_sampling import schedule, set_constant_shift
+from .host_sampling import BatchNoise, schedule, set_constant_shift
 
 CATEGORY = "Chroma"
 SAMPLER_TIP = "For SamplerCustomAdvanced."
@@ -63,6 +65,118 @@ class ChromaSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         sampler = choose(SAMPLERS, sampler_name, own_or(eta), s_noise)
         return io.NodeOutput(KSAMPLER(sampler))
+
+
+def _number(option: Option) -> io.Input:
+    kw = {"default": option.default, "min": option.low, "max": option.high}
+    if option.is_whole:
+        return io.Int.Input(option.name, tooltip=option.advice, **kw)
+    return io.Float.Input(option.name, tooltip=option.advice, step=0.01, **kw)
+
+
+class _Sampler(io.ComfyNode):
+    """A node of one sampler with its options."""
+
+    SAMPLER: tuple[str, str, str]  # name, title, description
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        name, title, description = cls.SAMPLER
+        return io.Schema(
+            node_id=cls.__name__,
+            display_name=title,
+            category=CATEGORY,
+            description=description,
+            inputs=[_number(option) for option in OPTIONS[name]],
+            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip=SAMPLER_TIP)],
+        )
+
+    @classmethod
+    def execute(cls, **options) -> io.NodeOutput:
+        return io.NodeOutput(KSAMPLER(choose(SAMPLERS, cls.SAMPLER[0], **options)))
+
+
+class ChromaFlowPECSampler(_Sampler):
+    SAMPLER = (
+        "flow_pec",
+        "Chroma FlowPEC Sampler",
+        "This pack's own sampler: predicts and corrects each step, at one model call a step.",
+    )
+
+
+class ChromaFlashSampler(_Sampler):
+    SAMPLER = (
+        "flash",
+        "Chroma Flash Sampler",
+        "For models of few steps, such as Chroma1-Flash: flow_pec, or two model calls a step.",
+    )
+
+
+class ChromaSASolverSampler(_Sampler):
+    SAMPLER = (
+        "sa_solver",
+        "Chroma SA-Solver Sampler",
+        "Multistep sampler that can add noise in every step (Xue et al. 2023).",
+    )
+
+
+class ChromaDEISSampler(_Sampler):
+    SAMPLER = (
+        "deis",
+        "Chroma DEIS Sampler",
+        "Multistep sampler through the last directions (Zhang & Chen 2022).",
+    )
+
+
+class ChromaGradientEstimationSampler(_Sampler):
+    SAMPLER = (
+        "gradient_estimation",
+        "Chroma Gradient Estimation Sampler",
+        "euler that looks ahead along the change of direction (Permenter & Yuan 2024).",
+    )
+
+
+class ChromaRES2SSampler(_Sampler):
+    SAMPLER = (
+        "res_2s",
+        "Chroma RES 2S Sampler",
+        "Exponential sampler of two model calls a step; with eta 0 it is res_2s_ode.",
+    )
+
+
+class ChromaDPMppSDESampler(_Sampler):
+    SAMPLER = (
+        "dpmpp_sde",
+        "Chroma DPM++ SDE Sampler",
+        "Sampler of two model calls a step that adds noise in every step.",
+    )
+
+
+class ChromaBatchNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ChromaBatchNoise",
+            display_name="Chroma Batch Noise",
+            category=CATEGORY,
+            description="Noise for a batch in which every picture has its own seed: the first has "
+            "this one, the second one more, and so on. Each is the picture of its seed alone.",
+            inputs=[
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the first picture.",
+                ),
+            ],
+            outputs=[io.Noise.Output(display_name="NOISE", tooltip=SAMPLER_TIP)],
+        )
+
+    @classmethod
+    def execute(cls, noise_seed: int) -> io.NodeOutput:
+        return io.NodeOutput(BatchNoise(noise_seed))
 
 
 class ChromaPreset(io.ComfyNode):

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..schedulers import SCHEDULERS
 from ..schedulers.curve import draw_sigmas
 from ..schedulers.options import OPTIONS
-from ..schedulers.shift import flux_mu
+from ..schedulers.shift import flux_shift
 from .host import one_of
 from .host_sampling import schedule, set_constant_shift, set_flux_shift
 
@@ -230,7 +230,8 @@ class ChromaModelShift(io.ComfyNode):
     def execute(cls, model, mode, shift, base_shift, max_shift, width, height) -> io.NodeOutput:
         if mode == CONSTANT:
             return io.NodeOutput(set_constant_shift(model, shift))
-        return io.NodeOutput(set_flux_shift(model, flux_mu(width, height, base_shift, max_shift)))
+        shift = flux_shift(width, height, base_shift, max_shift)
+        return io.NodeOutput(set_flux_shift(model, shift))
 
 
 def _side(name: str) -> io.Int.Input:

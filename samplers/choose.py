@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..chroma.errors import SamplingError
@@ -36,7 +37,8 @@ def choose(
     """The named sampler with its options; eta None leaves the sampler's own.
 
     eta: share of noise that each step adds anew, 0 for none; s_noise scales that noise. Raises
-    SamplingError for an unknown name, and for an option the sampler does not have.
+    SamplingError for an unknown name, and for an option that the sampler does not have or cannot
+    use.
     """
     if name not in samplers:
         raise SamplingError(f"unknown sampler '{name}'; expected one of {', '.join(samplers)}")
@@ -54,4 +56,9 @@ def choose(
                 f"the sampler {name} has no {option}, so {value:g} cannot be used; leave it alone, "
                 f"or choose one of {', '.join(able) or 'the others'}"
             )
-    return partial(sampler, **options) if options else sampler
+    if not options:
+        return sampler
+    chosen = partial(sampler, **options)
+    # A run of no steps: every sampler looks at its options first.
+    chosen(None, torch.zeros(1, 1), torch.zeros(1), disable=True)
+    return chosen

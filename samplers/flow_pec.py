@@ -11,12 +11,25 @@ from tqdm.auto import trange
 from ..chroma.errors import SamplingError
 from .adams import Known, Weigh, advance, predictor, rows, slope_ratio, stochastic_adams, van_leer
 from .noise import check_stochastic, noise_source
-from .steps import check_sigmas, level, quadrature, report, sde_step, velocity
+from .steps import (
+    check_sigmas,
+    half_log_snr,
+    level,
+    quadrature,
+    report,
+    sde_step,
+    velocity,
+)
 
 # From so many steps on, the automatic order is 3.
 MANY_STEPS = 24
 # The automatic limit by order. Even steps need 2 and 3.67.
 KAPPA = {2: 2.6, 3: 4.0}
+# With noise, going back to order 1 costs variance.
+KAPPA_WITH_NOISE = 4.0
+# A step that is long in log-SNR adds less noise, and one from sigma 1, where it is infinite, none:
+# at any noise rate the marginals are the same, but formulas reach only so far.
+MOST_DECAY = 0.25
 
 
 @torch.no_grad()
@@ -41,13 +54,14 @@ def sample_flow_pec(
     the predictor goes over to Euler's method; where it is negative, the corrector is left out.
     `order` is 2 or 3, `kappa` limits the predictor's weights; 0 chooses by the number of steps.
     `eta` above 0 solves the reverse SDE with tau = eta and its noise times `s_noise` by the same
-    formulas on the denoised picture (SA-Solver, Xue et al. 2023, arXiv:2309.05019).
+    formulas on the denoised picture (SA-Solver, Xue et al. 2023, arXiv:2309.05019); steps that are
+    too long for it take a smaller eta.
     """
     check_stochastic("flow_pec", eta, s_noise)
     s, extra = check_sigmas(sigmas), extra_args or {}
-    order, kappa = _choose(s, order, kappa)
     rate = eta**2
-    weigh = partial(stochastic_adams, rate=rate) if rate else quadrature
+    order, kappa = _choose(s, order, kappa, noisy=rate > 0)
+    weigh = quadrature
     noise = noise_source(x, extra, noise_sampler) if rate else None
     known: list[tuple[float, Tensor]] = []
     predicted = base = x
@@ -65,7 +79,9 @@ def sample_flow_pec(
             continue
         base = x
         if noise is not None:
-            keep, _, spread = sde_step(s[i], s[i + 1], rate)
+            step_rate = min(rate, MOST_DECAY / (half_log_snr(s[i + 1]) - half_log_snr(s[i])))
+            weigh = partial(stochastic_adams, rate=step_rate)
+            keep, _, spread = sde_step(s[i], s[i + 1], step_rate)
             base = keep * x + spread * s_noise * noise(s[i], s[i + 1])
             # Fresh noise alone makes slopes differ.
             ratio = ratio + min(1.0, eta) / 2 * (1 - ratio)
@@ -73,7 +89,7 @@ def sample_flow_pec(
     return predicted
 
 
-def _choose(sigmas: list[float], order: int, kappa: float) -> tuple[int, float]:
+def _choose(sigmas: list[float], order: int, kappa: float, noisy: bool) -> tuple[int, float]:
     if order not in (0, *KAPPA):
         raise SamplingError(
             f"flow_pec: order {order} is not usable; expected 0 (automatic), 2 or 3"
@@ -84,7 +100,7 @@ def _choose(sigmas: list[float], order: int, kappa: float) -> tuple[int, float]:
         )
     steps = sum(high > low for high, low in pairwise(sigmas))
     order = order or (3 if steps >= MANY_STEPS else 2)
-    return order, kappa or KAPPA[order]
+    return order, kappa or (KAPPA_WITH_NOISE if noisy else KAPPA[order])
 
 
 def _correct(predicted: Tensor, base: Tensor, known: Known, weigh: Weigh, ratio: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def test_run_with_overrides(tmp_path):
             "tokenizer.json is not a model file",
         ),
         (["generate", "x", "--steps", "0"], "input steps: 0 is not usable"),
-        (["generate", "x", "--cfg", "nan"], "input cfg: nan is not usable"),
+        (["generate", "x", "--cfg", "nan"], "cfg nan is not usable"),
         (["generate", "x", "--sampler", "dpm"], "unknown sampler 'dpm'; expected one of flow_pec"),
         (["generate", "x", "--scheduler", "karras"], "unknown scheduler 'karras'"),
         (["generate", "x", "--shift", "0"], "input shift: 0.0 is not usable"),

@@ -7,7 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chroma_nodes.chroma.caching import CacheSettings
+from chroma_nodes.chroma.guidance import Guidance
+from chroma_nodes.chroma.nag import NAGSettings
+from chroma_nodes.chroma.pipeline import Settings
 from chroma_nodes.chroma.workflow import run_workflow
+from chroma_nodes.chroma.workflow.single import Extras, text_to_image
 from comfy_queue import Server
 from PIL import Image
 from workflow_files import API, INPUTS, load, on_small_model
@@ -74,6 +79,40 @@ def test_every_workflow_runs_and_equals_the_standalone_picture(server, path, tmp
             difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
             assert np.asarray(a).std() > 10
             assert graph_of(a) == graph_of(b) == prompt
+        assert difference.max() <= 1
+
+
+EXTRAS = {
+    "batch of prompts": (
+        ["a 3d emoji of a cat", "a flat emoji of a red apple on a blue background"],
+        Settings(steps=4, seed=2**64 - 1, scheduler="power_odds", sampler="flow_pec"),
+        Extras(
+            Guidance(4.0, "linear", 2.0, interval_end=0.2), cache=CacheSettings(0.2),
+            sampler_options={"order": 3, "eta": 0.4}, count=2, batch=3,
+        ),
+    ),
+    "picture with a mask": (
+        ["a 3d emoji of a cat"],
+        Settings(steps=4, cfg=1.0, sampler="euler_ancestral", denoise=0.8, scheduler="normal"),
+        Extras(
+            nag=NAGSettings(), image="example.png", mask="example-with-hole.png",
+            mask_channel="alpha", count=2, batch=2, sampler_options={"eta": 0.7},
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_graphs_of_the_command_line_run_and_equal_the_standalone_pictures(server, name, tmp_path):
+    prompts, settings, extras = EXTRAS[name]
+    prompt = on_small_model(text_to_image(prompts, "blurry", settings, extras=extras))
+    run = server.run(prompt)
+    assert run.ending == "execution_success", run.data
+    saved = run_workflow(prompt, input_dir=INPUTS, output_dir=tmp_path)
+    assert len(saved) == len(prompts) * extras.count
+    for their_file, our_file in zip(server.pictures(run), saved, strict=True):
+        with Image.open(their_file) as a, Image.open(our_file) as b:
+            difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
         assert difference.max() <= 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .beside import Layer
 from .floats import INT8
 from .matmul_int8 import PackedWeight, prepack
 from .products import product
@@ -37,10 +38,11 @@ class StoredWeight(nn.Module):
         return replace(self._described, data=self.weight.data, scale=self.weight_scale)
 
 
-class QuantLinear(StoredWeight):
+class QuantLinear(Layer, StoredWeight):
     """y = x W^T + b in x's dtype: with W's exact values, or in 8 bits where W is marked so.
 
-    `scratch` lends the memory in which W is decoded; the layers of one model share it.
+    `scratch` lends the memory in which W is decoded; the layers of one model share it. `affine`
+    holds adapters that are computed in x's dtype beside the stored matrix.
     """
 
     packed: PackedWeight | None = None
@@ -53,8 +55,12 @@ class QuantLinear(StoredWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), where x is: a matrix kept elsewhere is sent there in its bytes."""
-        bias = None if self.bias is None else self.bias.to(x)
-        return product(x, self._held().to(x.device), bias, self.scratch, self.packed)
+        weight = self._held().to(x.device)
+
+        def own_product(x: Tensor, bias: Tensor | None) -> Tensor:
+            return product(x, weight, bias, self.scratch, self.packed)
+
+        return self.adapted(x, own_product, None if self.bias is None else self.bias.to(x))
 
     @property
     def stored(self) -> QuantTensor:

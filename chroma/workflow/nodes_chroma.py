@@ -3,16 +3,13 @@
 import torch
 from torch import Tensor
 
-from ...samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ...schedulers import SCHEDULERS, get_sigmas
 from ...schedulers.curve import draw_sigmas
 from ...schedulers.options import OPTIONS
-from ...schedulers.shift import flux_mu
 from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from ..checkpoint.container import is_gguf
 from ..devices import best_dtype
 from ..errors import WorkflowError
-from ..presets import BASE, PRESETS
 from ..quant.products import EIGHT_BIT, EXACT
 from ..text.encoder import PadRule, TextEncoder
 from ..text.find_tokenizer import find_tokenizer
@@ -27,6 +24,14 @@ MODEL = Input("model", "MODEL")
 STEPS = Input("steps", "INT", 26, 1, 10_000)
 DENOISE = Input("denoise", "FLOAT", 1.0, 0.0, 1.0)
 COMPAT = Input("compat", "BOOLEAN", False)
+# The node of each schedule that has options.
+SCHEDULER_NODES = {
+    "beta": "ChromaBetaScheduler",
+    "sigmoid_offset": "ChromaSigmoidOffsetScheduler",
+    "power_odds": "ChromaPowerOddsScheduler",
+    "bong_tangent": "ChromaBongTangentScheduler",
+    "linear_quadratic": "ChromaLinearQuadraticScheduler",
+}
 
 
 def _dtype(context: Context, choice: str) -> torch.dtype:
@@ -82,14 +87,15 @@ def any_scheduler(_: Context, model: Model, steps, scheduler_name, denoise, comp
     return schedule(model, scheduler_name, steps, denoise, compat)
 
 
-def _scheduler(node_id: str, name: str) -> NodeType:
+def _scheduler(name: str) -> NodeType:
     """The node of one schedule with its options."""
 
     def run(_: Context, model: Model, steps, denoise, compat, **options):
         return schedule(model, name, steps, denoise, compat, **options)
 
     own = (Input(o.name, "FLOAT", o.default, o.low, o.high) for o in OPTIONS[name])
-    return NodeType(node_id, (MODEL, STEPS, *own, DENOISE, COMPAT), (("SIGMAS", "SIGMAS"),), run)
+    inputs = (MODEL, STEPS, *own, DENOISE, COMPAT)
+    return NodeType(SCHEDULER_NODES[name], inputs, (("SIGMAS", "SIGMAS"),), run)
 
 
 def sigma_curve(_: Context, sigmas: Tensor, label: str):
@@ -99,15 +105,7 @@ def sigma_curve(_: Context, sigmas: Tensor, label: str):
 def model_shift(_: Context, model: Model, mode, shift, base_shift, max_shift, width, height):
     if mode == "constant":
         return (model.with_constant_shift(shift),)
-    return (model.with_flux_shift(flux_mu(width, height, base_shift, max_shift)),)
-
-
-def preset(_: Context, model: Model, preset: str):
-    p = PRESETS[preset]
-    model = model.with_constant_shift(p.shift)
-    options = {"alpha": p.alpha, "beta": p.beta} if p.scheduler == "beta" else {}
-    (sigmas,) = schedule(model, p.scheduler, p.steps, 1.0, False, **options)
-    return model, SAMPLERS[p.sampler], sigmas, p.cfg
+    return (model.with_flux_shift(width, height, base_shift, max_shift),)
 
 
 def _side(name: str) -> Input:
@@ -156,11 +154,7 @@ NODES = (
         (("SIGMAS", "SIGMAS"),),
         any_scheduler,
     ),
-    _scheduler("ChromaBetaScheduler", "beta"),
-    _scheduler("ChromaSigmoidOffsetScheduler", "sigmoid_offset"),
-    _scheduler("ChromaPowerOddsScheduler", "power_odds"),
-    _scheduler("ChromaBongTangentScheduler", "bong_tangent"),
-    _scheduler("ChromaLinearQuadraticScheduler", "linear_quadratic"),
+    *map(_scheduler, SCHEDULER_NODES),
     NodeType(
         "ChromaSigmaCurve",
         (Input("sigmas", "SIGMAS"), Input("label", "STRING", "")),
@@ -177,23 +171,5 @@ NODES = (
         ),
         (("MODEL", "MODEL"),),
         model_shift,
-    ),
-    NodeType(
-        "ChromaSampler",
-        (
-            Input("sampler_name", "COMBO", BASE.sampler, choices=tuple(SAMPLERS)),
-            Input("eta", "FLOAT", OWN_ETA, OWN_ETA, 10.0),
-            Input("s_noise", "FLOAT", 1.0, 0.0, 10.0),
-        ),
-        (("SAMPLER", "SAMPLER"),),
-        lambda _, sampler_name, eta, s_noise: (
-            choose(SAMPLERS, sampler_name, own_or(eta), s_noise),
-        ),
-    ),
-    NodeType(
-        "ChromaPreset",
-        (MODEL, Input("preset", "COMBO", next(iter(PRESETS)), choices=tuple(PRESETS))),
-        (("MODEL", "MODEL"), ("SAMPLER", "SAMPLER"), ("SIGMAS", "SIGMAS"), ("cfg", "FLOAT")),
-        preset,
     ),
 )  # fmt: skip

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...samplers import SAMPLERS
 from ...schedulers import SCHEDULERS, SCHEDULERS_COMPAT, get_sigmas
-from ...schedulers.shift import flux_mu
 from ..autoencoder import LATENT_SCALE, LATENT_SHIFT, SPATIAL_FACTOR, Autoencoder
 from ..caching import BlockCache
 from ..config import LATENT_CHANNELS
@@ -82,9 +81,10 @@ def sample(context: Context, noise: Noise, guider: Guider, sampler, sigmas: Tens
         mask=None if mask is None else mask.to(device),
         callback=on_step, disable_progress=not context.progress,
     )  # fmt: skip
-    log.info("%d forward passes", denoiser.passes)
+    context.passes += denoiser.passes * len(start)
     if cache is not None:
         log.info("%s", cache)
+        context.skipped += cache.skipped
     context.seconds += time.perf_counter() - began
     context.steps += len(sigmas) - 1
     outputs = [result, last.get("denoised", result)]
@@ -143,6 +143,13 @@ def vae_encode(context: Context, pixels: Tensor, vae: Autoencoder):
     return ({"samples": mean.float().cpu()},)
 
 
+def repeat_latent(_: Context, samples: Latent, amount: int):
+    out = {**samples, "samples": samples["samples"].repeat(amount, 1, 1, 1)}
+    if "noise_mask" in samples and len(samples["noise_mask"]) > 1:
+        out["noise_mask"] = samples["noise_mask"].repeat(amount, 1, 1, 1)
+    return (out,)
+
+
 def set_mask(_: Context, samples: Latent, mask: Tensor):
     return ({**samples, "noise_mask": mask.reshape(-1, 1, *mask.shape[-2:])},)
 
@@ -192,7 +199,7 @@ def clip_text_encode(_: Context, text: str, clip: TextEncoder):
 
 
 def flux_sampling(_: Context, model: Model, max_shift, base_shift, width, height):
-    return (model.with_flux_shift(flux_mu(width, height, base_shift, max_shift)),)
+    return (model.with_flux_shift(width, height, base_shift, max_shift),)
 
 
 def basic_scheduler(_: Context, model: Model, scheduler, steps, denoise):
@@ -323,6 +330,10 @@ NODES = (
     NodeType(
         "SetLatentNoiseMask", (Input("samples", "LATENT"), Input("mask", "MASK")),
         _one("LATENT"), set_mask,
+    ),
+    NodeType(
+        "RepeatLatentBatch", (Input("samples", "LATENT"), Input("amount", "INT", 1, 1, 64)),
+        _one("LATENT"), repeat_latent,
     ),
     NodeType(
         "LoadImage", (PICTURE,), (("IMAGE", "IMAGE"), ("MASK", "MASK")), load_picture

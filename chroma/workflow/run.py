@@ -12,13 +12,23 @@ import torch
 
 from ..devices import best_device
 from ..errors import ChromaError, WorkflowError
-from . import nodes_caching, nodes_chroma, nodes_core, nodes_guidance, nodes_nag
+from . import (
+    nodes_caching,
+    nodes_chroma,
+    nodes_core,
+    nodes_guidance,
+    nodes_lora,
+    nodes_nag,
+    nodes_sampling,
+)
 from .graph import Link, Node, Prompt, check, check_format
 from .layout import to_interface
 from .schema import Registry
 from .values import Context
 
-_PARTS = (nodes_chroma, nodes_guidance, nodes_nag, nodes_caching, nodes_core)
+_PARTS = (
+    nodes_chroma, nodes_lora, nodes_sampling, nodes_guidance, nodes_nag, nodes_caching, nodes_core,
+)  # fmt: skip
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
 
@@ -86,6 +96,22 @@ def prompts_first(order: Sequence[Node]) -> list[Node]:
     return sorted(order, key=lambda node: node.id not in early)
 
 
+def branch_by_branch(order: Sequence[Node]) -> list[Node]:
+    """The same nodes, each output directly behind what it still needs.
+
+    So a picture is saved before the next one is begun.
+    """
+    out: dict[str, Node] = {}
+    for output in order:
+        if output.type.is_output:
+            needed = {output.id}
+            for node in reversed(order):
+                if node.id in needed:
+                    needed.update(link.node for link in node.links)
+            out |= {node.id: node for node in order if node.id in needed and node.id not in out}
+    return list(out.values())
+
+
 def check_files(order: Sequence[Node], context: Context) -> None:
     """Raises WorkflowError for a missing file before anything is computed."""
     for node in order:
@@ -112,7 +138,7 @@ def execute(context: Context) -> None:
     """
     order = check(context.prompt, REGISTRY)
     check_files(order, context)
-    order = prompts_first(order)
+    order = prompts_first(branch_by_branch(order))
     users = Counter(link.node for node in order for link in node.links)
     results: dict[str, tuple[Any, ...]] = {}
     for node in order:

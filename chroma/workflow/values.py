@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...schedulers.shift import discrete_table, flux_table
+from ...schedulers.shift import discrete_table, flux_shift, flux_table
 from ..caching import CacheSettings
-from ..errors import SamplingError, WorkflowError
+from ..errors import WorkflowError
 from ..guidance import Guidance
 from ..nag import NAG
 from ..text.encoder import TextEmbedding
@@ -42,19 +42,17 @@ class Model:
     def with_constant_shift(self, shift: float) -> "Model":
         return replace(self, shift=shift, table=discrete_table(shift))
 
-    def with_flux_shift(self, mu: float) -> "Model":
-        """Raises SamplingError for a mu whose shift no number can hold."""
-        try:
-            return replace(self, shift=math.exp(mu), table=flux_table(mu))
-        except OverflowError:
-            raise SamplingError(
-                f"a shift of e^{mu:.0f} is too large; lower max_shift, or the width and height"
-            ) from None
+    def with_flux_shift(
+        self, width: int, height: int, base_shift: float, max_shift: float
+    ) -> "Model":
+        """Shifted for a picture in pixels, as Flux. Raises SamplingError where that is too far."""
+        shift = flux_shift(width, height, base_shift, max_shift)
+        return replace(self, shift=shift, table=flux_table(math.log(shift)))
 
 
 @dataclass(frozen=True)
 class Noise:
-    """NOISE: the seed, or None for no noise at all."""
+    """NOISE: the seed, or one for each row (RowSeeds), or None for no noise at all."""
 
     seed: int | None
 
@@ -96,7 +94,10 @@ class Context:
     out_file: Path | None = None
     progress: bool = True
     saved: list[Path] = field(default_factory=list)
+    # Of all sampling runs together.
     steps: int = 0
+    passes: int = 0
+    skipped: int = 0
     seconds: float = 0.0
 
     def locate(self, folder: str, name: str) -> Path:

@@ -1,0 +1,1 @@
+"""LoRA files: any spelling in, changes of the model's own parameters out."""

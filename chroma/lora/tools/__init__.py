@@ -1,0 +1,1 @@
+"""Tools for LoRA files: info, convert, merge, concatenate, extract, resize."""
