@@ -4,7 +4,7 @@
 
 On flows whose solution is known (tests/flows.py) and on the small model at cfg 4 in fp32, against
 its trajectory in 400 steps of Heun's method: the median relative error of the final latent.
-With --work and --font (see small_model.py) also, for the samplers named by --judge, how many of 200
+What --json names is added to. With --work and --font (see small_model.py) also, for the samplers named by --judge, how many of 200
 held-out prompts are obeyed, and how far the set of pictures is from that of converged ones.
 """
 
@@ -95,7 +95,7 @@ def grid(tasks: list[Task], ways: list[Way], budgets: list[int], schedules: list
                 cells = rows.setdefault(schedule, {}).setdefault(way.name, {})
                 for calls in budgets:
                     if count := steps[way.name, calls]:
-                        cells[calls] = task.run(way, schedule, count)
+                        cells[str(calls)] = task.run(way, schedule, count)
         print(f"{task.name}: {time.perf_counter() - started:.0f} s", flush=True)
     return result
 
@@ -103,10 +103,10 @@ def grid(tasks: list[Task], ways: list[Way], budgets: list[int], schedules: list
 def median_error(result: dict, way: str, calls: int, schedules: list[str]) -> float:
     """Geometric mean over schedules and tasks."""
     errors = [
-        result[task][schedule][way][calls]
+        result[task][schedule][way][str(calls)]
         for task in result
         for schedule in schedules
-        if calls in result[task][schedule][way]
+        if str(calls) in result[task][schedule][way]
     ]
     usable = [max(e, 1e-9) for e in errors if math.isfinite(e)]
     return math.exp(statistics.fmean(map(math.log, usable))) if usable else math.inf
@@ -153,7 +153,17 @@ def main() -> None:
             result["pictures"][choice] = judge.figures(way.sample, levels)
             print(choice, json.dumps(result["pictures"][choice]), flush=True)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        earlier = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(merged(earlier, result), indent=1) + "\n")
+
+
+def merged(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Both, the later one's figures where they meet: a long table can be made in parts."""
+    both = {**earlier, **later}
+    for key in earlier.keys() & later.keys():
+        if isinstance(earlier[key], dict) and isinstance(later[key], dict):
+            both[key] = merged(earlier[key], later[key])
+    return both
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ SCHEDULES: dict[str, tuple[str, dict[str, Any], float]] = {
     "power_odds 2, 4": ("power_odds", {"p": 2.0, "a": 4.0}, 1.0),
     "power_odds 1.5, 2": ("power_odds", {"p": 1.5, "a": 2.0}, 1.0),
     "power_odds 2, 16": ("power_odds", {"p": 2.0, "a": 16.0}, 1.0),
+    "power_odds 1.5, 4": ("power_odds", {"p": 1.5, "a": 4.0}, 1.0),
+    "power_odds 2, 2": ("power_odds", {"p": 2.0, "a": 2.0}, 1.0),
+    "power_odds 2, 8": ("power_odds", {"p": 2.0, "a": 8.0}, 1.0),
+    "power_odds 2.5, 4": ("power_odds", {"p": 2.5, "a": 4.0}, 1.0),
+    "optimal_steps": ("optimal_steps", {}, 1.0),
 }
 # ComfyUI's samplers that have a deterministic form, and how to get it.
 COMFYUI: dict[str, dict[str, Any]] = {

@@ -145,7 +145,7 @@ def test_little_noise_moves_a_picture_little(name, sigmas):
     # Where the flow parts, as on the ring, a few pictures go another way.
     assert 4 < some / little < 13
     # What is left: polynomials in the picture instead of the velocity.
-    assert hardly < little / 2 and none < float(x.norm()) * 1e-3
+    assert hardly < little / 2 and none < float(x.norm()) * 2e-3
 
 
 def test_no_noise_at_all_is_the_flow_up_to_its_error():

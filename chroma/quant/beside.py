@@ -48,8 +48,7 @@ class Layer:
         affine = self.affine
         if affine is None:
             return product(x, bias)
-        like = next(affine.tensors())
-        if like.device != x.device or like.dtype != x.dtype:
+        if any(held.device != x.device or held.dtype != x.dtype for held in affine.tensors()):
             self.affine = affine = affine.to(x.device, x.dtype)
         if affine.additive:
             return affine.apply(x, lambda x: product(x, bias))

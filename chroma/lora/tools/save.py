@@ -1,7 +1,7 @@
 """Write a LoRA file: all at once or not at all, with the hashes that others look it up by."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,14 +41,14 @@ def save_lora(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
             w.write(name, tensor)
 
 
-def check_out(out: Path, sources: Mapping[str, Path] | list[Path]) -> None:
+def check_out(out: Path, sources: Sequence[Path]) -> None:
     """Raise LoraError unless `out` can be the name of a new safetensors file beside the sources."""
     if out.suffix.lower() not in SUFFIXES:
         raise LoraError(f"--out {out.name}: expected a name ending in {' or '.join(SUFFIXES)}")
     if not out.parent.is_dir():
         raise LoraError(f"the folder {out.parent} does not exist; make it first")
     for source in sources:
-        if out.exists() and Path(source).exists() and out.samefile(source):
+        if out.exists() and source.exists() and out.samefile(source):
             raise LoraError(f"{out.name} is a source itself; give another name for the output")
 
 
