@@ -4,8 +4,9 @@
 
 On flows whose solution is known (tests/flows.py) and on the small model at cfg 4 in fp32, against
 its trajectory in 400 steps of Heun's method: the median relative error of the final latent.
-What --json names is added to. With --work and --font (see small_model.py) also, for the samplers named by --judge, how many of 200
-held-out prompts are obeyed, and how far the set of pictures is from that of converged ones.
+What --json names is added to. With --work and --font (see small_model.py) also, for the samplers
+named by --judge, how many of 200 held-out prompts are obeyed, and how far the set of pictures is
+from that of converged ones.
 """
 
 import argparse

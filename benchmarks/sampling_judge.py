@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from chroma_nodes.chroma.caching import BlockCache, CacheSettings
 from chroma_nodes.chroma.guidance import Denoiser
+from chroma_nodes.chroma.guidance.plan import Guidance
 from chroma_nodes.chroma.pipeline import Pipeline, decode
 from chroma_nodes.chroma.tiny.dataset import STYLES, Sources, cutout, load_concepts
 from chroma_nodes.samplers.heun import sample_heun
@@ -29,24 +31,47 @@ class Judge:
         self.pipeline = Pipeline.load(dtype=torch.float32)
         self.cfg = cfg
         levels = sigmas("beta .6", CONVERGED_STEPS).float()
+        self.converged = self.latents(_heun, levels)[0]
         # Other seeds: the distance of two sets of converged pictures is what chance alone makes.
-        self.converged = self.latents(_heun, levels, seed=100)[0]
+        self.others = self.latents(_heun, levels, seed=100)[0]
 
-    def latents(self, sample: Sample, levels: Tensor, seed: int = 1) -> tuple[Tensor, float]:
-        """(count, 16, 16, 16), and the rows of the transformer's batch per picture."""
-        encoder, found, rows = self.pipeline.text_encoder, [], 0
+    def latents(
+        self,
+        sample: Sample,
+        levels: Tensor,
+        seed: int = 1,
+        guidance: Guidance | None = None,
+        cache: CacheSettings | None = None,
+    ) -> tuple[Tensor, float]:
+        """(count, 16, 16, 16), and the whole passes per picture."""
+        encoder, found, passes = self.pipeline.text_encoder, [], 0.0
         uncond = encoder.encode([""])
         for start in range(0, len(self.scenes), BATCH):
             captions = [scene.caption() for scene in self.scenes[start : start + BATCH]]
-            model = Denoiser(self.pipeline.transformer, encoder.encode(captions), uncond, self.cfg)
+            kept = None if cache is None else BlockCache(cache)
+            model = Denoiser(
+                self.pipeline.transformer, encoder.encode(captions), uncond,
+                guidance or self.cfg, cache=kept,
+            )  # fmt: skip
             generator = torch.Generator().manual_seed(seed + start)
             noise = torch.randn(len(captions), 16, 16, 16, generator=generator)
             found.append(sample(model, levels[0] * noise, levels))
-        return torch.cat(found), rows
+            passes += model.passes * len(captions) - (kept.skipped if kept else 0)
+        return torch.cat(found), passes / len(self.scenes)
 
-    def figures(self, sample: Sample, levels: Tensor) -> dict[str, float]:
-        """Shares obeyed, and the kernel distance to converged pictures of other seeds."""
-        latents, _ = self.latents(sample, levels)
+    def figures(
+        self,
+        sample: Sample,
+        levels: Tensor,
+        guidance: Guidance | None = None,
+        cache: CacheSettings | None = None,
+    ) -> dict[str, float]:
+        """What the pictures are worth, and their whole passes.
+
+        Shares obeyed; the median relative error against the same seeds' converged pictures; the
+        kernel distance to converged pictures of other seeds.
+        """
+        latents, passes = self.latents(sample, levels, guidance=guidance, cache=cache)
         images = decode(self.pipeline.autoencoder, latents).numpy().astype(np.float64)
         verdicts = np.array(
             [
@@ -55,8 +80,13 @@ class Judge:
             ]
         )
         obeyed = dict(zip(("background", "emoji", "style"), verdicts.mean(0), strict=True))
-        return {name: float(share) for name, share in obeyed.items()} | {
-            "distance": kernel_distance(features(latents), features(self.converged))
+        away = (latents - self.converged).flatten(1).norm(dim=1)
+        error = away / self.converged.flatten(1).norm(dim=1)
+        return {
+            "passes": passes,
+            **{name: float(share) for name, share in obeyed.items()},
+            "error": float(error.median()),
+            "distance": kernel_distance(features(latents), features(self.others)),
         }
 
 

@@ -18,6 +18,10 @@ Prompt = dict[str, Any]
 
 # Bytes of one name in a path; file systems hold 255, and SaveImage puts a number behind it.
 MAX_NAME = 240
+# How deep lists and objects may lie in each other; links need 4, and Python's JSON fails at 1000.
+MAX_NESTING = 100
+# Of a value, and of the nodes in a cycle, in messages.
+_SHOWN_LETTERS, _SHOWN_NODES = 80, 10
 
 
 class Link(NamedTuple):
@@ -72,6 +76,26 @@ def check_format(prompt: Any, name: str = "the workflow") -> None:
             f"{name} is not a workflow; expected nodes with class_type and inputs, "
             "as ComfyUI's Export (API) writes them"
         )
+    if _is_nested_deep(prompt):
+        raise WorkflowError(
+            f"{name} has values nested more than {MAX_NESTING} deep; export it from ComfyUI again "
+            "with Export (API)"
+        )
+
+
+def _is_nested_deep(prompt: Prompt) -> bool:
+    """Whether lists and objects lie in each other deeper than MAX_NESTING."""
+    level: list[Any] = [prompt]
+    for _ in range(MAX_NESTING):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    return bool(level)
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: on one line, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + "..."
 
 
 def check(prompt: Prompt, registry: Registry) -> list[Node]:
@@ -110,7 +134,7 @@ def _check_node(node_id: str, prompt: Prompt, registry: Registry) -> Node:
         elif value is None and spec.default is None:
             inputs[spec.name] = None
         else:
-            raise WorkflowError(f"{where}: {value!r} is not a link; expected {_expected(spec)}")
+            raise WorkflowError(f"{where}: {shown(value)} is not a link; expected {_expected(spec)}")
     return Node(node_id, node_type, inputs)
 
 
@@ -132,7 +156,7 @@ def _check_link(
 ) -> Link:
     shaped = len(value) == 2 and isinstance(value[0], str | int) and type(value[1]) is int
     if not shaped:
-        raise WorkflowError(f"{where}: {value!r} is not a link; expected {_expected(spec)}")
+        raise WorkflowError(f"{where}: {shown(value)} is not a link; expected {_expected(spec)}")
     link = Link(str(value[0]), value[1])
     if link.node not in prompt:
         raise WorkflowError(f"{where}: linked to node {link.node}, which does not exist")
@@ -153,7 +177,7 @@ def _check_link(
 
 def _convert(where: str, spec: Input, value: Any) -> Any:
     """A widget's value as ComfyUI converts it, checked."""
-    wrong = WorkflowError(f"{where}: {value!r} is not usable; expected {_expected(spec)}")
+    wrong = WorkflowError(f"{where}: {shown(value)} is not usable; expected {_expected(spec)}")
     if isinstance(value, dict) or value is None:
         raise wrong
     try:
@@ -177,16 +201,15 @@ def check_name(where: str, name: str) -> None:
     """Raises WorkflowError for a file name that could lead out of its folder, or is none."""
     for flavour in (PurePosixPath, PureWindowsPath):
         path = flavour(name)
-        if path.is_absolute() or path.drive or ".." in path.parts:
+        if path.root or path.drive or ".." in path.parts:
             raise WorkflowError(
-                f"{where}: {name!r} leads out of its folder; expected a plain file name in it"
+                f"{where}: {shown(name)} leads out of its folder; expected a plain file name in it"
             )
     parts = [part.encode("utf-8", "replace") for part in PurePosixPath(name).parts]
     broken = any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in name)
     if not parts or broken or max(map(len, parts)) > MAX_NAME:
-        shown = name if len(name) < 80 else name[:80] + "..."
         raise WorkflowError(
-            f"{where}: {shown!r} is no file name; expected one of 1 to {MAX_NAME} bytes"
+            f"{where}: {shown(name)} is no file name; expected one of 1 to {MAX_NAME} bytes"
         )
 
 
@@ -204,9 +227,10 @@ def _order(nodes: dict[str, Node], outputs: list[str]) -> list[Node]:
         sorter.prepare()
     except CycleError as error:
         ring = error.args[1]
+        others = " -> ..." if len(ring) > _SHOWN_NODES else ""
         raise WorkflowError(
             f"node {ring[0]} ({nodes[ring[0]].type.id}): waits for itself in a cycle, "
-            f"{' -> '.join(ring)}; remove one of these links"
+            f"{' -> '.join(ring[:_SHOWN_NODES])}{others}; remove one of these links"
         ) from None
     order: list[Node] = []
     while sorter.is_active():

@@ -55,7 +55,7 @@ def apply_overrides(prompt: Prompt, overrides: Sequence[str]) -> Prompt:
             )
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             value = text
         prompt[node_id].setdefault("inputs", {})[input_name] = value
     return prompt
