@@ -30,7 +30,7 @@ Graph = dict[str, Any]
 ROUND = 10
 # Steps of a run that is interrupted: more than it can make before the interrupt arrives.
 LONG = 400
-BOTH = "a 3d emoji of a cat\na flat emoji of a red apple on a blue background".split("\n")
+BOTH = ["a 3d emoji of a cat", "a flat emoji of a red apple on a blue background"]
 NEGATIVE = "blurry, low quality"
 
 
@@ -107,6 +107,7 @@ def make_files(models: Path) -> None:
     ):  # fmt: skip
         quantise_file(small.TRANSFORMER, target, transformers / name)
     quantise_file(small.TEXT_ENCODER, "q8_0", folders["text_encoders"] / "t5-q8_0.gguf")
+    (folders["text_encoders"] / "tokenizer.json").write_bytes(small.TOKENIZER.read_bytes())
     weights = {k: w for k, w in load_file(small.TRANSFORMER).items() if _in_blocks(k, w)}
     for seed in range(3):
         write_lora(folders["loras"] / f"{seed}.safetensors", weights, rank=4, seed=seed)
@@ -168,8 +169,7 @@ def through_core(graph: Graph, settings: Settings) -> Graph:
             "sampler_name": "chroma_flash", "scheduler": "sigmoid_offset", "denoise": 1.0,
         },
     }  # fmt: skip
-    kept = ("ChromaScheduler", "ChromaSampler", "CFGGuider", "RandomNoise")
-    return {k: n for k, n in graph.items() if n["class_type"] not in kept and "sigmas" not in k}
+    return graph
 
 
 def deck(rng: Random, cards: Sequence[Any]) -> Iterator[Any]:
@@ -194,10 +194,9 @@ class Maker:
         self.samplers = deck(self.rng, list(SAMPLERS))
         self.schedulers = deck(self.rng, list(SCHEDULERS))
 
-    def picture(self, workflow: str | None = None) -> Job:
+    def picture(self) -> Job:
         """A good job."""
-        workflow = workflow or next(self.workflows)
-        form, lora = next(self.formats), next(self.loras)
+        workflow, form, lora = next(self.workflows), next(self.formats), next(self.loras)
         width, height = next(self.sizes)
         extras = WORKFLOWS[workflow]
         settings = Settings(
@@ -308,7 +307,7 @@ def rounds(count: int, seed: int) -> Iterator[list[Job]]:
     maker = Maker(seed)
     pool = [maker.picture() for _ in range(max(6, count // 12))]
     pictures = deck(maker.rng, pool)
-    bad = cycle(_in_turns(deck(maker.rng, refused()), deck(maker.rng, failing())))
+    bad = _in_turns(deck(maker.rng, refused()), deck(maker.rng, failing()))
     for start in range(0, count, ROUND):
         units = [[next(pictures)] for _ in range(ROUND - 4)]
         units += [[next(bad)], [maker.interrupted(), _cancelled()]]

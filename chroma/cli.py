@@ -10,6 +10,7 @@ from .cli_generate import add_generate_command
 from .cli_run import add_run_command
 from .errors import ChromaError
 from .lora.cli import add_lora_commands
+from .out_of_memory import telling_out_of_memory
 
 INTERRUPTED = 130
 
@@ -32,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        lines = args.function(args)
+        with telling_out_of_memory():
+            lines = args.function(args)
     except ChromaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Names of files and values of users may hold line breaks.
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from .checkpoint.inspect import describe, inspect_file
 from .checkpoint.quantise import quantise_file
 from .checkpoint.recipe import TARGETS
+from .errors import CheckpointError
 
 
 def add_file_commands(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -46,8 +47,18 @@ def quantize_model(args: argparse.Namespace) -> list[str]:
             device=args.device or "cpu",
         )  # fmt: skip
     if args.report is not None:
-        args.report.write_text(json.dumps(asdict(report), indent=2) + "\n", "utf-8")
+        _write_report(args.report, json.dumps(asdict(report), indent=2) + "\n")
     return [str(args.out), report.summary()]
+
+
+def _write_report(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise CheckpointError(
+            f"the model was written, but not its report {path} ({error.strerror}); choose a folder "
+            "that exists and can be written to"
+        ) from None
 
 
 def inspect_models(args: argparse.Namespace) -> list[str]:

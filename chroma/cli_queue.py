@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .queue import Job, Row, Server, make_jobs, read_rows, run_batch
+from .queue import Row, Server, make_jobs, read_rows, run_batch
 from .queue.errors import QueueError
 from .workflow.graph import read_prompt
 
@@ -32,12 +32,7 @@ def queue_workflow(args: argparse.Namespace) -> list[str]:
     server = Server(args.url)
     jobs = make_jobs(server, prompt, args.set, rows)
     with tqdm(total=len(jobs), unit="row", disable=args.quiet) as bar:
-
-        def ended(job: Job) -> None:
-            bar.set_postfix_str(job.where, refresh=False)
-            bar.update()
-
-        report = run_batch(server, jobs, args.out, ended=ended)
+        report = run_batch(server, jobs, args.out, progress=bar.update)
     saved = [str(path) for path in report.saved]
     if report.failed:
         raise QueueError(

@@ -3,10 +3,7 @@
 import argparse
 from pathlib import Path
 
-import torch
-
-from .devices import best_device
-from .errors import SamplingError
+from .devices import parse_device
 from .lora.arguments import add_lora_arguments, loras_from
 from .workflow import REGISTRY, Context, apply_overrides, execute, read_prompt, to_interface
 from .workflow.graph import Prompt
@@ -41,7 +38,7 @@ def new_context(
 ) -> Context:
     """What the run shares, with `args.device` and `args.quiet`. Raises a ChromaError."""
     workflow = to_interface(prompt, REGISTRY)
-    device = _device(args.device)
+    device = parse_device(args.device)
     return Context(device, models, inputs, outputs, prompt, workflow, progress=not args.quiet)
 
 
@@ -56,18 +53,3 @@ def run_context(context: Context) -> list[str]:
         passes += f" ({context.skipped} of them skipped behind the first block)"
     each = context.seconds / context.steps
     return [f"{context.steps} steps, {passes}, {each:.3f} s per step on {context.device}", *saved]
-
-
-def _device(name: str | None) -> torch.device:
-    """Raises SamplingError for a device that cannot compute here."""
-    if name is None:
-        return best_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise SamplingError(
-            f"--device {name} cannot be used ({str(error).splitlines()[0]}); expected cpu or an "
-            "accelerator of this machine"
-        ) from None
-    return device

@@ -7,6 +7,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from .errors import ChromaError
+
 
 def best_device() -> torch.device:
     """The accelerator torch finds, else the CPU."""
@@ -18,6 +20,24 @@ def best_device() -> torch.device:
         if backend is not None and backend.is_available():
             return torch.device(kind)
     return torch.device("cpu")
+
+
+def parse_device(name: str | None) -> torch.device:
+    """The device that `--device` names; without a name the best one.
+
+    Raises ChromaError for a device that cannot compute here.
+    """
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ChromaError(
+            f"--device {name} cannot be used ({str(error).splitlines()[0]}); expected cpu or an "
+            "accelerator of this machine"
+        ) from None
+    return device
 
 
 @cache

@@ -27,3 +27,7 @@ class ImageError(ChromaError):
 
 class WorkflowError(ChromaError):
     """A workflow cannot be executed; the message names the node."""
+
+
+class OutOfMemoryError(ChromaError):
+    """A computation or a file needs more memory than there is; the message tells what to try."""

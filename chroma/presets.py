@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from .config import ChromaConfig
+from .tiny import files as small
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -21,3 +24,8 @@ BASE = Preset(steps=26, cfg=4.0, sampler="flow_pec")
 # Chroma1-Flash has its guidance baked in: cfg 1, and half the cost of a step.
 FLASH = Preset(steps=8, cfg=1.0, sampler="flash")
 PRESETS: dict[str, Preset] = {"Base / HD": BASE, "Flash": FLASH}
+
+
+def own_size(config: ChromaConfig) -> int:
+    """The side in pixels of the pictures that a model was trained on, by its width."""
+    return 1024 if config.hidden >= ChromaConfig().hidden else small.SIZE

@@ -2,12 +2,21 @@
 
 from comfy_api.latest import io
 
+from ..chroma.prompt.tokens import describe, measure
 from ..chroma.text.encoder import PadRule
 from .host import one_of
+from .host_report import Notes
 from .host_text import PAD_RULE, adopt_clip
 
 CATEGORY = "Chroma"
 PAD_RULES = [rule.value for rule in PadRule]
+CLIP_TIP = "From Load Chroma Text Encoder, or CLIPLoader with type chroma."
+WEIGHTS_TIP = "(word:1.2) weighs a word more, (word:0.8) less."
+PAD_RULE_TIP = (
+    "How the padding behind the prompt takes part. reference: as in training. hf: diffusers. "
+    "comfy_pad1, comfy_nopad: ComfyUI's encoder with and without one pad token. unmasked512: 512 "
+    "tokens, all seen."
+)
 
 
 class ChromaTextEncode(io.ComfyNode):
@@ -20,24 +29,19 @@ class ChromaTextEncode(io.ComfyNode):
             description="Encode a prompt the way Chroma was trained: T5 does not see the padding, "
             "the transformer sees one token of it.",
             inputs=[
-                io.Clip.Input(
-                    "clip",
-                    tooltip="From Load Chroma Text Encoder, or CLIPLoader with type chroma.",
-                ),
+                io.Clip.Input("clip", tooltip=CLIP_TIP),
                 io.String.Input(
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The prompt, at most 512 tokens; what is cut off is logged. "
-                    "(word:1.2) weighs a word more, (word:0.8) less.",
+                    tooltip="The prompt, at most 512 tokens; the node shows how many it has and "
+                    f"what is cut off. {WEIGHTS_TIP}",
                 ),
                 io.Combo.Input(
                     "pad_rule",
                     options=PAD_RULES,
                     default=PadRule.REFERENCE.value,
-                    tooltip="How the padding behind the prompt takes part. reference: as in "
-                    "training. hf: diffusers. comfy_pad1, comfy_nopad: ComfyUI's encoder with and "
-                    "without one pad token. unmasked512: 512 tokens, all seen.",
+                    tooltip=PAD_RULE_TIP,
                 ),
                 io.Boolean.Input(
                     "prompt_per_line",
@@ -52,6 +56,7 @@ class ChromaTextEncode(io.ComfyNode):
                     tooltip="For the positive or negative input of a sampler or guider.",
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -62,5 +67,9 @@ class ChromaTextEncode(io.ComfyNode):
     def execute(cls, clip, text: str, pad_rule: str, prompt_per_line: bool) -> io.NodeOutput:
         clip = adopt_clip(clip)
         lines = [line for line in text.splitlines() if line.strip()] or [""]
-        tokens = clip.tokenize(lines if prompt_per_line else text, **{PAD_RULE: pad_rule})
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
+        prompts = lines if prompt_per_line else [text]
+        tokenizer = clip.cond_stage_model.tokenizer
+        notes = Notes(describe([measure(tokenizer, prompt) for prompt in prompts]))
+        shown = notes.tell(cls.hidden and cls.hidden.unique_id)
+        tokens = clip.tokenize(prompts, **{PAD_RULE: pad_rule})
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens), ui=shown)

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
@@ -62,6 +63,13 @@ def with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
         held = {f.name: with_tensors(getattr(value, f.name), tensors) for f in fields(value)}
         return replace(value, **held)
     return value
+
+
+def compute_dtype(patcher: ModelPatcher) -> torch.dtype:
+    """The one of the model's computations; fp32 for T5."""
+    if not hasattr(patcher.model, "manual_cast_dtype"):
+        return torch.float32
+    return patcher.get_model_object("manual_cast_dtype") or patcher.model.get_dtype()
 
 
 def placements(patches: Iterable[Sequence[Any]]) -> list[Placement]:

@@ -12,22 +12,36 @@ from torch import Tensor, nn
 from ..chroma.errors import LoraError
 from ..chroma.lora.adapters.base import Placement
 from ..chroma.lora.affine import Affine, compose
+from ..chroma.quant.beside import Layer
+from .host_adapter import compute_dtype
 
 KEY = "chroma_lora_beside"
 
 
-class _Hook:
-    """Adds one layer's adapters to its output."""
+class _Adapted(Layer):
+    """A layer's forward with adapters added to its output.
 
-    def __init__(self, affine: Affine) -> None:
-        self._affine, self._at = affine, None
+    No forward hook, as what torch.compile made of the model earlier would run on without it.
+    """
 
-    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The output (..., N) for the input (..., K)."""
-        x = inputs[0]
-        if self._at != (x.device, x.dtype):
-            self._affine, self._at = self._affine.to(x.device, x.dtype), (x.device, x.dtype)
-        return self._affine.apply(x, lambda _: output)
+    def __init__(self, layer: nn.Module, affine: Affine) -> None:
+        self._layer, self._before = layer, vars(layer).get("forward")
+        self._forward, self.affine = layer.forward, affine
+        layer.forward = self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output (..., N) for the input (..., K)."""
+        return self.adapted(x, lambda x, _: self._forward(x), None)
+
+    def remove(self) -> None:
+        """The layer is as before; who took over its forward meanwhile keeps one that adds none."""
+        self.affine = None
+        if vars(self._layer).get("forward") is not self:
+            return
+        if self._before is None:
+            del self._layer.forward
+        else:
+            self._layer.forward = self._before
 
 
 @dataclass(frozen=True)
@@ -39,17 +53,17 @@ class Beside:
     def start_run(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """A wrapper around ComfyUI's outer_sample: the model is as before when the run ends."""
         patcher = executor.class_obj.model_patcher
-        handles = []
+        dtype, adapted = compute_dtype(patcher), []
         try:
             for key, placed in self.placements.items():
                 layer = patcher.model.get_submodule(key.removesuffix(".weight"))
                 shape = (layer.out_features, layer.in_features)
                 affine = compose(placed, shape, partial(_never, key), patcher.load_device)
-                handles.append(layer.register_forward_hook(_Hook(affine)))
+                adapted.append(_Adapted(layer, affine.to(None, dtype)))
             return executor(*args, **kwargs)
         finally:
-            for handle in handles:
-                handle.remove()
+            for one in reversed(adapted):
+                one.remove()
 
 
 def _never(key: str) -> Tensor:

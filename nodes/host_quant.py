@@ -23,7 +23,7 @@ from ..chroma.lora.affine import Affine
 from ..chroma.quant.layers import QuantEmbedding, QuantLinear, StoredWeight
 from ..chroma.quant.prefetch import Lane, Prefetch, cuda_lane
 from ..chroma.quant.products import product
-from .host_adapter import compose_beside, placements, with_tensors
+from .host_adapter import compose_beside, compute_dtype, placements, with_tensors
 
 log = logging.getLogger("chroma")
 
@@ -169,16 +169,9 @@ class QuantPatcher(ModelPatcher):
             module.prefetch = prefetch
         return prefetch
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The one of the model's computations; fp32 for T5."""
-        if not hasattr(self.model, "manual_cast_dtype"):
-            return torch.float32
-        return self.get_model_object("manual_cast_dtype") or self.model.get_dtype()
-
     def _attach(self) -> None:
         """Bring the patches to the layers. What comes last acts on values, and so do all then."""
-        reasons: dict[str, str] = {}
+        dtype, reasons = compute_dtype(self), dict[str, str]()
         for key, module in self._stored.items():
             affine, functions = None, list(self.weight_wrapper_patches.get(key, []))
             patches = self.patches.get(key, [])
@@ -189,7 +182,7 @@ class QuantPatcher(ModelPatcher):
                 functions = [_Patches(key, self.patches), *functions]
             module.weight_function = functions
             if isinstance(module, HostLinear):
-                module.run_beside(affine, self._dtype)
+                module.run_beside(affine, dtype)
                 module.patches_uuid = self.patches_uuid
         if reasons:
             key, reason = next(iter(reasons.items()))

@@ -1,8 +1,11 @@
-"""What a node tells about its work: in the log, and in the node on the page."""
+"""What a node tells about its work: in the log, in the node on the page, and on its bar."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import ui
 
 log = logging.getLogger("chroma")
@@ -28,3 +31,14 @@ class Notes:
 
             PromptServer.instance.send_progress_text(text, node_id)
         return ui.PreviewText(text)
+
+
+def progress_bar() -> Callable[[int, int, str], None]:
+    """(done, of how many, what) onto the running node's bar; raises there if it is cancelled."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done: int, total: int, _: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return progress

@@ -3,10 +3,8 @@
 import os
 from pathlib import Path, PureWindowsPath
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..chroma.checkpoint.new_file import new_file, relative_name
 from ..chroma.checkpoint.quantise import quantise_file
@@ -14,6 +12,7 @@ from ..chroma.checkpoint.recipe import TARGETS
 from ..chroma.errors import CheckpointError
 from ..chroma.tiny import files as small
 from .host import choices, locate, one_of
+from .host_report import Notes, progress_bar
 from .loading import CATEGORY
 
 # {category: the small model's file in it}; both are offered in one menu, as <category>/<file>.
@@ -21,7 +20,8 @@ SMALL_FILES = {"diffusion_models": small.TRANSFORMER, "text_encoders": small.TEX
 NONE = "none"
 
 
-def _models() -> list[str]:
+def model_choices() -> list[str]:
+    """A menu of transformers and text encoders, as <category>/<file>."""
     return [f"{category}/{name}" for category in SMALL_FILES for name in choices(category)]
 
 
@@ -42,8 +42,8 @@ class ChromaQuantize(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=_models(),
-                    default=_models()[0],
+                    options=model_choices(),
+                    default=model_choices()[0],
                     tooltip="A Chroma transformer from models/diffusion_models or a T5 text "
                     "encoder from models/text_encoders, in bf16, fp16 or fp32.",
                 ),
@@ -92,52 +92,63 @@ class ChromaQuantize(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name, target_format, filename_prefix, calibration) -> bool | str:
-        if filename_prefix and filename_prefix.strip():
-            try:
-                relative_name(filename_prefix)
-            except CheckpointError as error:
-                return str(error)
-        return one_of(
-            model_name=(model_name, _models()),
-            target_format=(target_format, TARGETS),
-            calibration=(calibration, _calibrations()),
+        named = check_name(filename_prefix)
+        return (
+            named
+            if named is not True
+            else one_of(
+                model_name=(model_name, model_choices()),
+                target_format=(target_format, TARGETS),
+                calibration=(calibration, _calibrations()),
+            )
         )
 
     @classmethod
     def execute(
         cls, model_name: str, target_format: str, filename_prefix: str, keep: str, calibration: str
     ) -> io.NodeOutput:
-        category, _, name = model_name.partition("/")
-        source = locate(category, name, SMALL_FILES[category])
-        folder = _writable_folder(category)
+        category, name, source = find_model(model_name)
+        folder = writable_folder(category)
         out = new_file(
-            folder, filename_prefix.strip() or _own_name(name, target_format), target_format
+            folder, filename_prefix.strip() or own_name(name, target_format), target_format
         )
-        bar = comfy.utils.ProgressBar(1)
-
-        def progress(done: int, total: int, _: str) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
-
         patterns = tuple(line.strip() for line in keep.splitlines() if line.strip())
         report = quantise_file(
-            source, target_format, out, patterns, _calibration(calibration), progress,
+            source, target_format, out, patterns, _calibration(calibration), progress_bar(),
             resumable=False,
         )  # fmt: skip
         file_name = str(out.relative_to(folder))
-        text = f"{file_name} ({target_format})\n{report.summary()}"
-        _show(text, cls.hidden and cls.hidden.unique_id)
-        return io.NodeOutput(file_name, ui=ui.PreviewText(text))
+        notes = Notes([f"{file_name} ({target_format})", report.summary()])
+        return io.NodeOutput(file_name, ui=notes.tell(cls.hidden and cls.hidden.unique_id))
 
 
-def _own_name(name: str, target: str) -> str:
+def find_model(choice: str) -> tuple[str, str, Path]:
+    """Category, name in it and file of a menu's entry. Raises CheckpointError if it is gone."""
+    category, _, name = choice.partition("/")
+    return category, name, locate(category, name, SMALL_FILES[category])
+
+
+def check_name(prefix: str | None) -> bool | str:
+    """True for a new file's name, an empty one, or one that is not known yet; else what is wrong.
+
+    For nodes' validate_inputs.
+    """
+    if prefix and prefix.strip():
+        try:
+            relative_name(prefix)
+        except CheckpointError as error:
+            return str(error)
+    return True
+
+
+def own_name(name: str, ending: str) -> str:
     """What a file made of the menu's `name` is called unless the user says otherwise."""
     # Menus part folders as the system does, and this takes both ways.
     stem = "chroma-small" if name == small.LABEL else PureWindowsPath(name).stem
-    return f"{stem}-{target}"
+    return f"{stem}-{ending}"
 
 
-def _writable_folder(category: str) -> Path:
+def writable_folder(category: str) -> Path:
     """The folder of a category that files go to. Raises CheckpointError if there is none.
 
     ComfyUI lists models/unet before models/diffusion_models; the one of today's name is preferred.
@@ -166,11 +177,3 @@ def _calibration(name: str) -> Path | None:
             f"{name} is not in ComfyUI's input folder; refresh the page and choose again"
         )
     return Path(folder_paths.get_input_directory()) / name
-
-
-def _show(text: str, node_id: str | None) -> None:
-    """Write into the node on the page, where there is one."""
-    if node_id:
-        from server import PromptServer
-
-        PromptServer.instance.send_progress_text(text, node_id)

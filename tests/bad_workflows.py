@@ -121,7 +121,7 @@ def _looped(count: int) -> Graph:
 
 
 def _override(text: str, says: str) -> Case:
-    return Case(f"--set {text[:40]}", "WorkflowError", says,
+    return Case(f"--set {text[:20]!a}", "WorkflowError", says,
                 lambda _: apply_overrides(small_graph(), [text]))  # fmt: skip
 
 
@@ -177,11 +177,11 @@ WORKFLOWS = (
     _input_case("RandomNoise", "is not usable", noise_seed=-1),
     _input_case("RandomNoise", "is not usable", noise_seed=2**64),
     _input_case("RandomNoise", "is not usable", noise_seed=None),
-    _input_case("ChromaScheduler", "is not usable", steps=0),
-    _input_case("ChromaScheduler", "is not usable", steps=10**9),
-    _input_case("ChromaScheduler", "is not usable", denoise=1.5),
-    _input_case("ChromaScheduler", "is not usable", denoise=float("nan")),
-    _input_case("ChromaScheduler", "is not usable", scheduler_name="x"),
+    _input_case("ChromaBetaScheduler", "is not usable", steps=0),
+    _input_case("ChromaBetaScheduler", "is not usable", steps=10**9),
+    _input_case("ChromaBetaScheduler", "is not usable", denoise=1.5),
+    _input_case("ChromaBetaScheduler", "is not usable", denoise=float("nan")),
+    _input_case("ChromaBetaScheduler", "is not usable", alpha=-1),
     _input_case("ChromaModelShift", "is not usable", shift=0),
     _input_case("ChromaModelShift", "is not usable", shift=float("inf")),
     _input_case("ChromaModelShift", "is not usable", mode=LONG),
@@ -202,9 +202,23 @@ WORKFLOWS = (
     _override("1.steps=3", "has no input"),
     _override("ChromaTextEncode.text=x", "nodes are called"),
     Case("--set with JSON nested 100000 deep", "WorkflowError", "is not", lambda folder: run(
-        apply_overrides(small_graph(), ["5.text=" + "[" * 100_000 + "]" * 100_000]), folder)),
+        apply_overrides(small_graph(), ["8.noise_seed=" + "[" * 100_000 + "]" * 100_000]), folder)),
     graph_case("inputs nested 900 deep that no node has",
                lambda: with_inputs("ChromaLoadVAE", extra=nested(900)), "nested"),
+    graph_case("inputs nested 100000 deep that no node has",
+               lambda: with_inputs("ChromaLoadVAE", extra=nested(100_000)), "nested"),
+    graph_case("a class of two lines", lambda: with_nodes({"x": {"class_type": "a\nb"}}),
+               "is not a workflow"),
+    graph_case("a class of 5000 letters", lambda: with_nodes({"x": {"class_type": LONG}}),
+               "is not a workflow"),
+    graph_case("a node id of two lines", lambda: with_nodes({"x\ny": {"class_type": "Evil"}}),
+               "is not a workflow"),
+    graph_case("a node id that is a number", lambda: {1: {"class_type": "Evil"}},
+               "is not a workflow"),
+    _input_case("SaveImage", "does not exist", "SaveImage: a link to a node of two lines",
+                images=["x\ny", 0]),
+    _override("99.text=one\ntwo", "there is no node"),
+    _override("99.text=" + LONG, "there is no node"),
 )  # fmt: skip
 
 
@@ -256,7 +270,7 @@ PROMPTS = (
     _library("no steps", "SamplingError", "steps", settings={"steps": 0}),
     _library("denoise 2", "SamplingError", "denoise", settings={"denoise": 2.0}),
     _library("shift 0", "SamplingError", "shift", settings={"shift": 0.0}),
-    _library("a sampler's unknown option", "SamplingError", "x", sampler_options={"x": 1}),
+    _library("a sampler's unknown option", "SamplingError", "x", sampler_options={"order_x": 1}),
     _library("a schedule's unknown option", "SamplingError", "x",
              settings={"schedule_options": {"x": 1}}),
     _library("seed -1", "SamplingError", "seed", settings={"seed": -1}),

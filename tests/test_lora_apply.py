@@ -12,6 +12,7 @@ from chroma_nodes.chroma.errors import LoraError
 from chroma_nodes.chroma.lora import apply as apply_module
 from chroma_nodes.chroma.lora.adapters import LowRank
 from chroma_nodes.chroma.lora.adapters.full import Diff
+from chroma_nodes.chroma.lora.affine import compose
 from chroma_nodes.chroma.lora.apply import (
     Lora,
     apply_lora,
@@ -292,6 +293,24 @@ def test_one_layer_is_its_product_plus_the_pair(quantised):
     apply_lora(model, [(file, Strengths(0.5)), (file, Strengths(2.0))])
     expected = x @ (weight + 2.5 * changes[key]).T + layer.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", FORMATS)
+def test_an_empty_composition_beside_a_quantised_layer_changes_nothing(quantised, target, dtype):
+    files, file, _ = quantised
+    layer = load_transformer(files[target], dtype=dtype).double_blocks[0].img_attn.qkv
+    assert isinstance(layer, QuantLinear)
+    placed = file.transformer["double_blocks.0.img_attn.qkv.weight"]
+    x = torch.randn(3, 7, layer.in_features, dtype=dtype)
+    before = layer(x)
+    layer.affine = compose(
+        [(one.adapter, 0.0, one.rows) for one in placed],
+        (layer.out_features, layer.in_features),
+        lambda: pytest.fail("the weight was decoded"),
+    )
+    assert not list(layer.affine.tensors())
+    assert torch.equal(layer(x), before)
 
 
 @pytest.mark.skipif(not can_compile(CPU), reason="torch.compile does not work here")

@@ -115,6 +115,14 @@ def test_chroma1_reads_t5_xxl():
     assert target is not None and table.shape(target) == (21504, 3072)
 
 
+def test_a_table_is_made_once_and_cannot_be_written_to():
+    table = name_table(CONFIG, TEXT_CONFIG)
+    assert table is TABLE
+    for names in (table.targets, table.foreign, table.shapes):
+        with pytest.raises(TypeError):
+            names["img_in"] = None
+
+
 def test_row_slices_have_their_own_shapes():
     for name, shape in (("to_k", (32, 32)), ("to_qkv", (96, 32))):
         target = resolve(f"transformer.single_transformer_blocks.0.attn.{name}", TABLE)

@@ -6,15 +6,20 @@ from math import inf, nan
 
 import pytest
 import torch
+from chroma_nodes.chroma.checkpoint import read_transformer
 from chroma_nodes.chroma.checkpoint.reader import read_header
 from chroma_nodes.chroma.config import ChromaConfig
 from chroma_nodes.chroma.errors import LoraError
 from chroma_nodes.chroma.lora.adapters import LowRank
 from chroma_nodes.chroma.lora.read import read_lora
 from chroma_nodes.chroma.lora.report import report, trigger_words
+from chroma_nodes.chroma.lora.tools.concatenate import concatenate_loras
+from chroma_nodes.chroma.lora.tools.convert import convert_lora
+from chroma_nodes.chroma.lora.tools.extract import extract_lora
+from chroma_nodes.chroma.lora.tools.rules import RankRule
 from chroma_nodes.chroma.tiny.files import TRANSFORMER
 from lora_producers import CONFIG, PRODUCERS, TEXT_CONFIG, loha, lokr, numbers, peft, plain
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 QKV = "lora_unet_double_blocks_0_img_attn_qkv"
 KEY = "double_blocks.0.img_attn.qkv.weight"
@@ -334,6 +339,27 @@ def test_trainer_of_a_producer(name, trainer, read):
     """By the metadata, else by a prefix that nobody else writes."""
     producer = PRODUCERS[name]
     assert report(read(producer.state, producer.metadata or None)).trainer == trainer
+
+
+def test_files_of_this_packages_tools_name_it(write, tmp_path):
+    """What is made anew is its own; what is spelled anew stays the trainer's, where one is told."""
+    theirs = write(GOOD, {"ss_network_module": "networks.lora_flux"}, "theirs.safetensors")
+    unnamed = write(GOOD, name="unnamed.safetensors")
+    out = tmp_path / "out.safetensors"
+
+    def trainer(config=CONFIG):
+        return report(read_lora(out, config, TEXT_CONFIG)).trainer
+
+    concatenate_loras([(theirs, 1.0), (theirs, 0.5)], out, config=CONFIG)
+    assert trainer() == "chroma-nodes"
+    for source, expected in ((theirs, "sd-scripts"), (unnamed, "chroma-nodes")):
+        convert_lora(source, "comfyui", out, CONFIG)
+        assert trainer() == expected
+    state = load_file(TRANSFORMER)
+    state["img_in.bias"] = state["img_in.bias"] + 1
+    save_file(state, tmp_path / "tuned.safetensors")
+    extract_lora(TRANSFORMER, tmp_path / "tuned.safetensors", out, RankRule(4))
+    assert trainer(read_transformer(TRANSFORMER)[0]) == "chroma-nodes"
 
 
 @pytest.mark.parametrize(

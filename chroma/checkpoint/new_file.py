@@ -7,6 +7,8 @@ from ..errors import CheckpointError
 from .reader import SUFFIXES
 from .recipe import GGUF_TARGETS
 
+# Bytes of one name in a path: file systems hold 255, behind it come a number and the ending.
+_MAX_NAME = 220
 # What Windows takes for drives, streams and wildcards, and control characters.
 _FORBIDDEN = {*'<>:"|?*', *map(chr, range(32))}
 
@@ -24,10 +26,13 @@ def relative_name(name: str) -> PurePosixPath:
             break
     path = PurePosixPath(stem)
     stays = not path.is_absolute() and ".." not in path.parts
+    fits = all(len(part.encode("utf-8", "replace")) <= _MAX_NAME for part in path.parts)
+    whole = not any("\ud800" <= letter <= "\udfff" for letter in stem)
     # A name of dots alone, such as that of "..gguf", stands for a folder.
-    if not stays or not stem.split("/")[-1].strip(". ") or not _FORBIDDEN.isdisjoint(name):
+    named = bool(stem.split("/")[-1].strip(". "))
+    if not (stays and fits and whole and named and _FORBIDDEN.isdisjoint(name)):
         raise CheckpointError(
-            f"{name!r} is no name for a new file; expected one inside the models folder, such as "
+            f"{name[:80]!r} is no name for a new file; expected one inside the models folder, such as "
             "Chroma1-HD-q8_0, without .., drive or leading /"
         )
     return path
@@ -42,6 +47,10 @@ def new_file(folder: Path, name: str, target: str) -> Path:
     path = relative_name(name)
     suffix = ".gguf" if target in GGUF_TARGETS else ".safetensors"
     whole = folder / path
+    if not whole.parent.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{name!r} leads out of {folder.name} by a link in it; expected a name that stays inside"
+        )
     file, number = whole.with_name(path.name + suffix), 1
     # Another program may be writing <file>.part right now; see atomic.py.
     while os.path.lexists(file) or os.path.lexists(f"{file}.part"):

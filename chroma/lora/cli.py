@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..config import ChromaConfig
+from ..devices import parse_device
 from ..errors import LoraError
 from .arguments import parse_lora
 from .tools.base import open_base
@@ -152,7 +152,7 @@ def merge_files(args: argparse.Namespace) -> list[str]:
                 raise LoraError(f"--to {args.to} is for a checkpoint; give it with --base")
             return concatenate_loras(
                 loras, args.out, rule, style=args.to, dtype=DTYPES.get(args.dtype),
-                config=_config(args), device=_device(args), progress=progress,
+                config=_config(args), device=parse_device(args.device), progress=progress,
             ).lines()  # fmt: skip
         if args.to in STYLES or rule.bounded or args.dtype is not None:
             raise LoraError(
@@ -160,8 +160,8 @@ def merge_files(args: argparse.Namespace) -> list[str]:
                 f"{' or '.join(TARGETS)}"
             )
         return merge_into_checkpoint(
-            args.base, loras, args.out, args.to or BASE, progress, device=_device(args),
-            config=_config(args),
+            args.base, loras, args.out, args.to or BASE, progress,
+            device=parse_device(args.device), config=_config(args),
         ).lines()  # fmt: skip
 
 
@@ -171,34 +171,22 @@ def extract_file(args: argparse.Namespace) -> list[str]:
     with _bar(args, "tensor") as progress:
         return extract_lora(
             args.original, args.tuned, args.out, rule, clamp_quantile=args.clamp_quantile,
-            style=args.to, dtype=DTYPES[args.dtype], device=_device(args), progress=progress,
+            style=args.to, dtype=DTYPES[args.dtype], device=parse_device(args.device),
+            progress=progress,
         ).lines()  # fmt: skip
 
 
 def resize_file(args: argparse.Namespace) -> list[str]:
-    """Write the LoRA with other ranks. Raises LoraError."""
+    """Write the LoRA with other ranks. Raises a ChromaError."""
     with _bar(args, "module") as progress:
         return resize_lora(
             args.source, args.out, _rule(args), style=args.to, dtype=DTYPES.get(args.dtype),
-            config=_config(args), device=_device(args), progress=progress,
+            config=_config(args), device=parse_device(args.device), progress=progress,
         ).lines()  # fmt: skip
 
 
 def _rule(args: argparse.Namespace) -> RankRule:
     return RankRule(args.rank, args.sv_ratio, args.sv_fro, args.sv_cumulative)
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    """Raises LoraError for a device that cannot compute here."""
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise LoraError(
-            f"--device {args.device} cannot be used ({str(error).splitlines()[0]}); expected cpu "
-            "or an accelerator of this machine"
-        ) from None
-    return device
 
 
 def _config(args: argparse.Namespace) -> ChromaConfig | None:

@@ -6,6 +6,8 @@ model has is written down in each spelling, and looked up.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
 
 import torch
 
@@ -52,8 +54,12 @@ class Table:
         return (target.rows[1] - target.rows[0], *shape[1:])
 
 
+@lru_cache(maxsize=4)
 def name_table(config: ChromaConfig, text_config: T5Config | None = None) -> Table:
-    """The table of a transformer and of the T5 encoder it reads (by default T5-XXL)."""
+    """The table of a transformer and of the T5 encoder it reads (by default T5-XXL).
+
+    The last few are kept, and shared: they cannot be written to.
+    """
     if text_config is None and config.context_dim == T5_XXL.d_model:
         text_config = T5_XXL
     with torch.device("meta"):
@@ -66,7 +72,12 @@ def name_table(config: ChromaConfig, text_config: T5Config | None = None) -> Tab
     targets |= text_names
     if text_config is not None:
         shapes |= _text_shapes(text_config, text_names)
-    return Table(_underscored(targets), _underscored(dict(_flux_names(config))), shapes)
+    foreign = dict(_flux_names(config))
+    return Table(
+        targets=MappingProxyType(_underscored(targets)),
+        foreign=MappingProxyType(_underscored(foreign)),
+        shapes=MappingProxyType(shapes),
+    )
 
 
 def resolve(name: str, table: Table) -> Target | None:

@@ -77,7 +77,10 @@ def _modules(keys: Iterable[str]) -> int:
 
 
 def trainer_of(metadata: Mapping[str, str], prefix: str) -> str | None:
-    """The program that wrote a file, by its metadata, else by names that only it writes."""
+    """The program that wrote a file, by its metadata, else by names that only it writes.
+
+    "software" is ai-toolkit's field, and that of this package's own tools.
+    """
     software = _object(metadata.get("software", "")).get("name")
     if isinstance(software, str):
         return software

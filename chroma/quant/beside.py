@@ -48,7 +48,9 @@ class Layer:
         affine = self.affine
         if affine is None:
             return product(x, bias)
-        if any(held.device != x.device or held.dtype != x.dtype for held in affine.tensors()):
+        # All its tensors are where the first one is.
+        held = next(affine.tensors(), x)
+        if held.device != x.device or held.dtype != x.dtype:
             self.affine = affine = affine.to(x.device, x.dtype)
         if affine.additive:
             return affine.apply(x, lambda x: product(x, bias))

@@ -3,7 +3,7 @@
 import logging
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -39,10 +39,10 @@ class _Batch:
     def __init__(self, server: Server, jobs: Sequence[Job], out: Path, patience: float) -> None:
         self.server, self.out, self.patience = server, out, patience
         self.state, self.report = State(out), Report()
-        by_key = {job.key: job for job in reversed(jobs)}
-        todo = [job for key, job in by_key.items() if not self.state.is_done(key)]
-        self.backlog = deque(sorted(todo, key=lambda job: job.number))
-        self.report.before = sum(self.state.is_done(job.key) for job in jobs)
+        self.rows = Counter(job.key for job in jobs)
+        by_key = {job.key: job for job in reversed(jobs) if not self.state.is_done(job.key)}
+        self.backlog = deque(sorted(by_key.values(), key=lambda job: job.number))
+        self.report.before = len(jobs) - sum(self.rows[key] for key in by_key)
         self.waiting: dict[str, Job] = {}
 
     def start(self, job: Job) -> None:
@@ -59,7 +59,8 @@ class _Batch:
             try:
                 sender.submit(self.server.submit, job.prompt, prompt_id).result()
             except QueueError as error:
-                raise type(error)(f"{job.where}: {error}") from None
+                kind = Unreachable if isinstance(error, Unreachable) else QueueError
+                raise kind(f"{job.where}: {error}") from None
 
     def _is_alive(self, prompt_id: str) -> bool:
         if not self.server.holds(prompt_id):
@@ -67,9 +68,9 @@ class _Batch:
         outcome = self.server.outcome(prompt_id)
         return outcome is None or not outcome.error
 
-    def collect(self) -> list[Job]:
-        """Save what has ended since; the jobs that have."""
-        ended = []
+    def collect(self) -> int:
+        """Save what has ended since; the number of rows that have."""
+        ended = 0
         for prompt_id, job in list(self.waiting.items()):
             outcome = self.server.outcome(prompt_id, self.patience)
             if outcome is None:
@@ -80,9 +81,10 @@ class _Batch:
                 self.save(job, prompt_id, outcome.pictures)
             except RowFailed as error:
                 self.report.failed.append(f"{job.where}: {error}")
+                self.state.forget(job.key)
                 log.warning("%s", self.report.failed[-1])
             del self.waiting[prompt_id]
-            ended.append(job)
+            ended += self.rows[job.key]
         return ended
 
     def save(self, job: Job, prompt_id: str, pictures: list[Picture]) -> None:
@@ -109,6 +111,9 @@ class _Batch:
         try:
             if not self.server.cancel(list(self.waiting)):
                 log.warning("the server was told to stop, but is still busy with its current step")
+        except Unreachable:
+            # The error that ended the batch says so.
+            log.debug("nothing to cancel: the server is gone")
         except QueueError as error:
             log.warning("what was queued could not be cancelled: %s", error)
 
@@ -118,11 +123,11 @@ def run_batch(
     jobs: Sequence[Job],
     out: Path,
     *,
-    ended: Callable[[Job], None] = lambda job: None,
+    progress: Callable[[int], object] = lambda rows: None,
     poll: float = POLL_SECONDS,
     patience: float = PATIENCE_SECONDS,
 ) -> Report:
-    """Run the jobs that the state in `out` does not call done; `ended` is told of each.
+    """Run the jobs that the state in `out` does not call done; `progress` is told of rows that end.
 
     A row that fails on the server is reported and the rest goes on. Raises QueueError where the
     server refuses a workflow, is gone for longer than `patience` seconds, or has forgotten a job.
@@ -130,14 +135,14 @@ def run_batch(
     """
     batch = _Batch(server, jobs, out, patience)
     check_at = time.monotonic() + CHECK_SECONDS
+    progress(batch.report.before)
     try:
         while batch.backlog or batch.waiting:
             while batch.backlog and len(batch.waiting) < IN_FLIGHT:
                 batch.start(batch.backlog.popleft())
-            done = batch.collect()
-            for job in done:
-                ended(job)
-            if not done:
+            ended = batch.collect()
+            progress(ended)
+            if not ended:
                 time.sleep(poll)
             if time.monotonic() > check_at:
                 batch.check_held()

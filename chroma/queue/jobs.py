@@ -6,6 +6,7 @@ import math
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from ..errors import WorkflowError
@@ -26,7 +27,7 @@ class Job:
     number: int
     prompt: Prompt
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 of what decides the picture: node classes and inputs, not titles."""
         content = {
@@ -51,20 +52,26 @@ def make_jobs(
 
     Raises WorkflowError or QueueError, naming the row, for a node or input there is not.
     """
-    prompt = apply_overrides(prompt, overrides)
+    server.check()
+    changed = apply_overrides(prompt, overrides)
     types: dict[str, dict[str, Any]] = {}
     for override in overrides:
         _target(server, prompt, override.partition("=")[0], types, f"--set {override}")
+    prompt = changed
     targets: dict[str, Target] = {}
     jobs = []
     for number, row in enumerate(rows, 1):
-        own = json.loads(json.dumps(prompt))
+        # Only the nodes that differ are copied, because a batch can have many rows.
+        own = dict(prompt)
         for field, value in row.values.items():
+            where = f"{row.where}, field {field}"
             if field not in targets:
-                targets[field] = _target(server, prompt, field, types, row.where)
+                targets[field] = _target(server, prompt, field, types, where)
             target = targets[field]
-            value = _typed(f"{row.where}, {field}", value, target.type) if row.is_text else value
-            own[target.node].setdefault("inputs", {})[target.input] = value
+            value = _typed(where, value, target.type) if row.is_text else value
+            node = own[target.node]
+            inputs = {**node.get("inputs", {}), target.input: value}
+            own[target.node] = {**node, "inputs": inputs}
         jobs.append(Job(row.where, number, own))
     return jobs
 
@@ -72,14 +79,14 @@ def make_jobs(
 def _target(
     server: Server, prompt: Prompt, field: str, types: dict[str, dict[str, Any]], where: str
 ) -> Target:
+    if "." not in field:
+        raise QueueError(f"{where}: expected node.input, for instance Prompt.text")
     # The one node that a value which occurs nowhere changes.
     override = f'{field}="{uuid.uuid4()}"'
     try:
         changed = apply_overrides(prompt, [override])
     except WorkflowError as error:
-        reason = str(error).removeprefix(f"--set {override}: ")
-        expected = "" if "." in field else f"; the field is {field!r}"
-        raise QueueError(f"{where}: {reason}{expected}") from None
+        raise QueueError(f"{where}: {str(error).removeprefix(f'--set {override}: ')}") from None
     node_id = next(node_id for node_id in prompt if changed[node_id] != prompt[node_id])
     name, node = field.rpartition(".")[2], prompt[node_id]
     if node["class_type"] not in types:

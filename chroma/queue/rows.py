@@ -34,7 +34,7 @@ def read_rows(path: Path) -> list[Row]:
     except FileNotFoundError:
         raise QueueError(f"{path} does not exist; check the name and the folder") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise QueueError(f"{path.name} cannot be read as UTF-8 text ({error})") from None
+        raise QueueError(f"{path.name} cannot be read ({error}); expected UTF-8") from None
     if not rows:
         raise QueueError(f"{path.name} has no rows; expected one for each picture")
     return rows

@@ -2,14 +2,13 @@
 
 import http.client
 import json
-import shutil
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from .errors import QueueError, RowFailed, Unreachable
@@ -22,6 +21,7 @@ RETRY_SECONDS = 1.0
 CANCEL_SECONDS = 10.0
 # A reply larger than this is not one of ComfyUI's.
 MAX_REPLY = 1 << 28
+CHUNK = 1 << 18
 FAILURES = (OSError, http.client.HTTPException)
 
 
@@ -45,24 +45,34 @@ class Server:
     """One ComfyUI server, by its address. Raises QueueError where the address is none."""
 
     def __init__(self, url: str) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        try:
+            parts = urllib.parse.urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or not url.isascii() or any(mark in url for mark in "@?# "):
             raise QueueError(f"{url} is no server; expected an address like http://127.0.0.1:8188")
-        self.url = parts.geturl().rstrip("/")
+
+    def check(self) -> None:
+        """Raises QueueError where nothing answers, or something that is not ComfyUI."""
+        self._queue()
 
     def input_types(self, class_type: str) -> dict[str, Any]:
         """The inputs of a node by name: "INT", "STRING", ... or a list of choices.
 
         Raises QueueError where the server has no such node.
         """
-        info = self._get(f"/object_info/{urllib.parse.quote(class_type, safe='')}")
+        path = f"/object_info/{urllib.parse.quote(class_type, safe='')}"
+        info = self._get(path)
         if class_type not in info:
             raise QueueError(
                 f"the server has no node {class_type}; install the pack that has it there"
             )
-        declared = info[class_type].get("input", {})
-        inputs = {**declared.get("required", {}), **declared.get("optional", {})}
-        return {name: config[0] for name, config in inputs.items()}
+        with self._reading(path):
+            declared = info[class_type]["input"]
+            inputs = {**declared.get("required", {}), **declared.get("optional", {})}
+            return {name: config[0] for name, config in inputs.items()}
 
     def submit(self, prompt: Prompt, prompt_id: str) -> None:
         """Queue a workflow under a UUID of ours.
@@ -71,32 +81,37 @@ class Server:
         runs the rest where only some outputs are wrong.
         """
         body = {"prompt": prompt, "prompt_id": prompt_id}
+        refused = None
         try:
             reply = self._post("/prompt", body)
         except _Status as status:
-            reply = status.reply
-            if not refusal(reply, prompt):
-                raise
-        if complaint := refusal(reply, prompt):
+            refused, reply = status, status.reply
+        with self._reading("/prompt"):
+            complaint = refusal(reply, prompt)
+        if complaint:
             self.cancel([prompt_id])
             raise QueueError(complaint)
+        if refused:
+            raise refused
         if reply.get("prompt_id") != prompt_id:
             raise self._foreign("/prompt")
 
     def outcome(self, prompt_id: str, patience: float = 0.0) -> Outcome | None:
         """How a workflow ended, or None while it has not; silence is borne for `patience` s."""
-        entry = self._get(f"/history/{prompt_id}", patience).get(prompt_id)
+        path = f"/history/{prompt_id}"
+        entry = self._get(path, patience).get(prompt_id)
         if entry is None:
             return None
-        status = entry.get("status") or {}
-        if status.get("status_str") == "error":
-            return Outcome([], _failure(status.get("messages") or [], entry))
-        saved = [
-            Picture(str(file["filename"]), str(file.get("subfolder", "")), "output")
-            for output in entry.get("outputs", {}).values()
-            for file in output.get("images") or []
-            if file.get("type") == "output"
-        ]
+        with self._reading(path):
+            status = entry.get("status") or {}
+            if status.get("status_str") == "error":
+                return Outcome([], _failure(status.get("messages") or [], entry))
+            saved = [
+                Picture(str(file["filename"]), str(file.get("subfolder", "")), "output")
+                for output in entry["outputs"].values()
+                for file in output.get("images") or []
+                if file.get("type") == "output"
+            ]
         return Outcome(saved, "" if saved else "it saved no picture; add a SaveImage node")
 
     def holds(self, prompt_id: str, patience: float = 0.0) -> bool:
@@ -126,21 +141,22 @@ class Server:
         query = urllib.parse.urlencode(picture._asdict(), errors="replace")
         try:
             with self._open(urllib.request.Request(f"{self.url}/view?{query}")) as reply:
-                expected = reply.headers.get("Content-Length")
-                shutil.copyfileobj(_Arriving(reply, self), target)
+                while part := self._read(reply, CHUNK):
+                    target.write(part)
         except _Status as status:
-            name = one_line(picture.filename)
-            raise RowFailed(f"the server no longer has {name} (status {status.code})") from None
-        if expected is not None and target.tell() != int(expected):
+            raise RowFailed(
+                f"the server no longer has {one_line(picture.filename)} (status {status.code}); "
+                "restart it, or change the seed, to have it made again"
+            ) from None
+        if reply.length:
             raise Unreachable(f"{self.url} broke off in the middle of a picture")
 
     def _queue(self, patience: float = 0.0) -> tuple[set[str], set[str]]:
         """The ids that run and those that wait."""
         queue = self._get("/queue", patience)
-        running, waiting = (
-            {item[1] for item in queue.get(part, [])} for part in ("queue_running", "queue_pending")
-        )
-        return running, waiting
+        with self._reading("/queue"):
+            running = {item[1] for item in queue["queue_running"]}
+            return running, {item[1] for item in queue["queue_pending"]}
 
     def _get(self, path: str, patience: float = 0.0) -> dict[str, Any]:
         deadline = time.monotonic() + patience
@@ -160,10 +176,12 @@ class Server:
     def _json(self, request: urllib.request.Request, path: str) -> dict[str, Any]:
         try:
             with self._open(request) as reply:
-                text = _Arriving(reply, self).read(MAX_REPLY)
+                text = self._read(reply, MAX_REPLY)
             found = json.loads(text) if text else {}
-        except (ValueError, RecursionError) as error:
-            raise error if isinstance(error, QueueError) else self._foreign(path) from None
+        except QueueError:
+            raise
+        except (ValueError, RecursionError):
+            raise self._foreign(path) from None
         if not isinstance(found, dict):
             raise self._foreign(path)
         return found
@@ -176,9 +194,24 @@ class Server:
             with error:
                 raise _Status(self.url, error) from None
         except FAILURES as error:
-            raise self.unreachable(error) from None
+            raise self._unreachable(error) from None
 
-    def unreachable(self, error: Exception) -> Unreachable:
+    def _read(self, reply: http.client.HTTPResponse, size: int) -> bytes:
+        """Up to `size` bytes; raises Unreachable where the connection breaks."""
+        try:
+            return reply.read(size)
+        except FAILURES as error:
+            raise self._unreachable(error) from None
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Raises QueueError for JSON that does not have what ComfyUI's has."""
+        try:
+            yield
+        except (LookupError, TypeError, AttributeError):
+            raise self._foreign(path) from None
+
+    def _unreachable(self, error: Exception) -> Unreachable:
         reason = one_line(getattr(error, "reason", None) or error or type(error).__name__)
         return Unreachable(
             f"no ComfyUI server answers at {self.url} ({reason}); start it, or check the address"
@@ -205,19 +238,6 @@ class _Status(QueueError):
             f"{url} answers {error.code} ({one_line(error.reason)}) to {path}; "
             "check that this is ComfyUI's address, and ComfyUI's log"
         )
-
-
-class _Arriving:
-    """A reply whose connection may break while it is read."""
-
-    def __init__(self, reply: http.client.HTTPResponse, server: Server) -> None:
-        self._reply, self._server = reply, server
-
-    def read(self, size: int) -> bytes:
-        try:
-            return self._reply.read(size)
-        except FAILURES as error:
-            raise self._server.unreachable(error) from None
 
 
 def _failure(messages: list[Any], entry: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ class State:
         self._rows: dict[str, dict[str, Any]] = {}
         try:
             self._rows = _rows(json.loads(self.file.read_text("utf-8")))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except (OSError, ValueError, RecursionError):
             raise QueueError(
@@ -46,8 +46,15 @@ class State:
     def done(self, key: str, prompt_id: str, pictures: list[str]) -> None:
         self._put(key, {"prompt_id": prompt_id, "pictures": pictures})
 
+    def forget(self, key: str) -> None:
+        self._rows.pop(key, None)
+        self._write()
+
     def _put(self, key: str, row: dict[str, Any]) -> None:
         self._rows[key] = row
+        self._write()
+
+    def _write(self) -> None:
         text = json.dumps({"version": VERSION, "rows": self._rows}, indent=1) + "\n"
         with whole(self.file) as part:
             part.write_text(text, "utf-8")

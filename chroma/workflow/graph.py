@@ -67,9 +67,10 @@ def check_format(prompt: Any, name: str = "the workflow") -> None:
             "expected API format, so export it with Export (API)"
         )
     shaped = isinstance(prompt, dict) and all(
-        isinstance(node, dict) and isinstance(node.get("class_type"), str)
+        label(node_id) == node_id and isinstance(node, dict)
+        and isinstance(kind := node.get("class_type"), str) and label(kind) == kind
         and isinstance(node.get("inputs", {}), dict) and isinstance(node.get("_meta", {}), dict)
-        for node in prompt.values()
+        for node_id, node in prompt.items()
     )  # fmt: skip
     if not shaped or not prompt:
         raise WorkflowError(
@@ -96,6 +97,12 @@ def shown(value: Any) -> str:
     """A value as messages show it: on one line, cut where it is long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_LETTERS else text[:_SHOWN_LETTERS] + "..."
+
+
+def label(text: Any) -> str:
+    """A name as messages show it: as it is, unless it is no text, too long, or breaks the line."""
+    plain = isinstance(text, str) and text.isprintable() and len(text) <= _SHOWN_LETTERS
+    return text if plain else shown(text)
 
 
 def check(prompt: Prompt, registry: Registry) -> list[Node]:
@@ -134,7 +141,9 @@ def _check_node(node_id: str, prompt: Prompt, registry: Registry) -> Node:
         elif value is None and spec.default is None:
             inputs[spec.name] = None
         else:
-            raise WorkflowError(f"{where}: {shown(value)} is not a link; expected {_expected(spec)}")
+            raise WorkflowError(
+                f"{where}: {shown(value)} is not a link; expected {_expected(spec)}"
+            )
     return Node(node_id, node_type, inputs)
 
 
@@ -159,7 +168,7 @@ def _check_link(
         raise WorkflowError(f"{where}: {shown(value)} is not a link; expected {_expected(spec)}")
     link = Link(str(value[0]), value[1])
     if link.node not in prompt:
-        raise WorkflowError(f"{where}: linked to node {link.node}, which does not exist")
+        raise WorkflowError(f"{where}: linked to node {label(link.node)}, which does not exist")
     source = registry[prompt[link.node]["class_type"]]
     if not 0 <= link.slot < len(source.outputs):
         raise WorkflowError(

@@ -1,5 +1,7 @@
 """This pack's nodes without ComfyUI: the same ids, inputs, defaults and results."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ..checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from ..checkpoint.container import is_gguf
 from ..devices import best_dtype
 from ..errors import WorkflowError
+from ..prompt.tokens import describe, measure
 from ..quant.products import EIGHT_BIT, EXACT
 from ..text.encoder import PadRule, TextEncoder
 from ..text.find_tokenizer import find_tokenizer
@@ -17,6 +20,7 @@ from ..tiny import files as small
 from .schema import Input, NodeType
 from .values import Context, Model
 
+log = logging.getLogger("chroma")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE = Input("weight_dtype", "COMBO", "auto", choices=("auto", *DTYPES))
 MODEL_DTYPE = Input("weight_dtype", "COMBO", "auto", choices=("auto", *DTYPES, *EIGHT_BIT))
@@ -75,7 +79,10 @@ def load_vae(context: Context, vae_name: str):
 
 def encode_text(_: Context, clip: TextEncoder, text: str, pad_rule: str, prompt_per_line: bool):
     lines = [line for line in text.splitlines() if line.strip()] or [""]
-    return (clip.encode(lines if prompt_per_line else [text], PadRule(pad_rule)),)
+    prompts = lines if prompt_per_line else [text]
+    for line in describe([measure(clip.tokenizer, prompt) for prompt in prompts]):
+        log.info("%s", line)
+    return (clip.encode(prompts, PadRule(pad_rule)),)
 
 
 def schedule(model: Model, name: str, steps: int, denoise: float, compat: bool, **options: float):

@@ -95,7 +95,7 @@ def sample_advanced(context: Context, noise, guider, sampler, sigmas, latent_ima
     return sample(context, noise, guider, sampler, sigmas, latent_image)
 
 
-def _guider(
+def cfg_guider(
     model: Model, positive: TextEmbedding, negative: TextEmbedding | None, cfg: float
 ) -> Guider:
     for text in (positive, negative):
@@ -109,7 +109,7 @@ def ksampler(
     latent_image, denoise,
 ):  # fmt: skip
     sigmas = _sigmas(model, scheduler, steps, denoise)
-    guider = _guider(model, positive, negative, cfg)
+    guider = cfg_guider(model, positive, negative, cfg)
     result = sample(context, Noise(seed), guider, _sampler(sampler_name), sigmas, latent_image)
     return result[:1]
 
@@ -175,6 +175,11 @@ def save_image(context: Context, images: Tensor, filename_prefix: str):
     }.items():  # fmt: skip
         filename_prefix = filename_prefix.replace(token, text)
     stem = context.outputs / filename_prefix
+    if not stem.parent.resolve().is_relative_to(context.outputs.resolve()):
+        raise ImageError(
+            f"{filename_prefix} leads out of {context.outputs} by a link in it; expected a name "
+            "that stays inside"
+        )
     for image in images:
         path = context.out_file or _next_file(stem)
         save_png(path, image, prompt=context.prompt, workflow=context.workflow)
@@ -271,11 +276,11 @@ NODES = (
     ),
     NodeType(
         "BasicGuider", (MODEL, Input("conditioning", "CONDITIONING")), _one("GUIDER"),
-        lambda _, model, conditioning: (_guider(model, conditioning, None, 1.0),),
+        lambda _, model, conditioning: (cfg_guider(model, conditioning, None, 1.0),),
     ),
     NodeType(
         "CFGGuider", (MODEL, POSITIVE, NEGATIVE, CFG), _one("GUIDER"),
-        lambda _, **inputs: (_guider(**inputs),),
+        lambda _, **inputs: (cfg_guider(**inputs),),
     ),
     NodeType(
         "SamplerCustomAdvanced",

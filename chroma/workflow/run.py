@@ -12,6 +12,7 @@ import torch
 
 from ..devices import best_device
 from ..errors import ChromaError, WorkflowError
+from ..out_of_memory import telling_out_of_memory
 from . import (
     nodes_caching,
     nodes_chroma,
@@ -20,14 +21,16 @@ from . import (
     nodes_lora,
     nodes_nag,
     nodes_sampling,
+    nodes_simple,
 )
-from .graph import Link, Node, Prompt, check, check_format
+from .graph import Link, Node, Prompt, check, check_format, label
 from .layout import to_interface
 from .schema import Registry
 from .values import Context
 
 _PARTS = (
     nodes_chroma, nodes_lora, nodes_sampling, nodes_guidance, nodes_nag, nodes_caching, nodes_core,
+    nodes_simple,
 )  # fmt: skip
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
@@ -42,15 +45,16 @@ def apply_overrides(prompt: Prompt, overrides: Sequence[str]) -> Prompt:
     prompt = json.loads(json.dumps(prompt))
     for override in overrides:
         target, equals, text = override.partition("=")
+        said = label(override)
         node_name, dot, input_name = target.rpartition(".")
         if not equals or not dot:
-            raise WorkflowError(f"--set {override}: expected node.input=value")
-        node_id = _find(prompt, node_name, override)
+            raise WorkflowError(f"--set {said}: expected node.input=value")
+        node_id = _find(prompt, node_name, said)
         node_type = REGISTRY.get(prompt[node_id]["class_type"])
         known = [spec.name for spec in node_type.inputs] if node_type else [input_name]
         if input_name not in known:
             raise WorkflowError(
-                f"--set {override}: node {node_id} ({prompt[node_id]['class_type']}) has no input "
+                f"--set {said}: node {node_id} ({prompt[node_id]['class_type']}) has no input "
                 f"{input_name}; expected one of {', '.join(known)}"
             )
         try:
@@ -61,7 +65,7 @@ def apply_overrides(prompt: Prompt, overrides: Sequence[str]) -> Prompt:
     return prompt
 
 
-def _find(prompt: Prompt, name: str, override: str) -> str:
+def _find(prompt: Prompt, name: str, said: str) -> str:
     if name in prompt:
         return name
     for key in ("title", "class"):
@@ -70,13 +74,13 @@ def _find(prompt: Prompt, name: str, override: str) -> str:
             return found[0]
         if found:
             raise WorkflowError(
-                f"--set {override}: {len(found)} nodes are called {name}; "
+                f"--set {said}: {len(found)} nodes are called {label(name)}; "
                 f"expected one of the ids {', '.join(found)}"
             )
     labels = [_label(node, key) for node in prompt.values() for key in ("title", "class")]
     near = difflib.get_close_matches(name, [*prompt, *filter(None, labels)], 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise WorkflowError(f"--set {override}: there is no node {name}{hint}")
+    hint = f"; did you mean {label(near[0])}?" if near else ""
+    raise WorkflowError(f"--set {said}: there is no node {label(name)}{hint}")
 
 
 def _label(node: dict[str, Any], key: str) -> str:
@@ -123,9 +127,10 @@ def check_files(order: Sequence[Node], context: Context) -> None:
 
 @contextmanager
 def naming(node: Node) -> Iterator[None]:
-    """Put the node's name before the message of any ChromaError."""
+    """Put the node's name before the message of any ChromaError, or of memory that ran out."""
     try:
-        yield
+        with telling_out_of_memory():
+            yield
     except ChromaError as error:
         raise WorkflowError(f"node {node.id} ({node.type.id}): {error}") from error
 

@@ -23,6 +23,8 @@ from .nodes_sampling import SAMPLER_NODES
 
 # A link: the id of a node and the number of its output.
 Output = list[Any]
+# Each has nodes of its own in the graph, which lies whole in every picture.
+MAX_PICTURES = 10_000
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def _check(prompts: Sequence[str], settings: Settings, extras: Extras) -> None:
     for name in ("count", "batch"):
         if getattr(extras, name) < 1:
             raise SamplingError(f"{name} {getattr(extras, name)} is not usable; expected 1 or more")
+    if len(prompts) * extras.count > MAX_PICTURES:
+        raise SamplingError(
+            f"{len(prompts) * extras.count} pictures are too many for one run; expected at most "
+            f"{MAX_PICTURES}, so run it several times with other seeds"
+        )
     if extras.image is None:
         latent_size(settings.width, settings.height)
         for given, name in (

@@ -35,7 +35,7 @@ class DoRA(Adapter):
                 f"{self.kind}: {self.magnitude.numel()} magnitudes, expected {features} for the "
                 f"{'rows' if self.per_row else 'columns'} of {shape}"
             )
-        self.inner.check(shape)
+        self.inner.fit(shape)
 
     def change(self, weight: Tensor, strength: float) -> Tensor:
         merged = self.inner.change(weight, 1.0)

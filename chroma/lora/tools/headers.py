@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from ..report import trainer_of
 from .save import HASHES
 
 PEFT = "lora_adapter_metadata"
@@ -22,6 +23,8 @@ _SPEC = {
 _TRIGGER, _TITLE = "modelspec.trigger_phrase", "modelspec.title"
 _MERGED = "modelspec.merged_from"
 _DYNAMIC = "Dynamic"
+# ai-toolkit's field for the program that made the tensors.
+_SOFTWARE = {"software": json.dumps({"name": "chroma-nodes"})}
 
 
 def network(
@@ -53,12 +56,15 @@ def shared(sources: Sequence[Mapping[str, str]]) -> dict[str, str]:
 def specified(metadata: Mapping[str, str], out: Path, merged: Sequence[str] = ()) -> dict[str, str]:
     """The metadata with the fields that ModelSpec wants; what is stated already stays.
 
-    merged: titles of the files that `out` is made of, where they are several.
+    merged: titles of the files that `out` is made of, where they are several. Those, and tensors
+    that no other program claims, are this package's own work.
     """
     made = {_TITLE: out.stem, "ss_base_model_version": "chroma", **_SPEC, **metadata}
     made["modelspec.date"] = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
     if merged:
         made |= {_TITLE: out.stem, _MERGED: ", ".join(merged)}
+    if merged or trainer_of(metadata, prefix="") is None:
+        made |= _SOFTWARE
     return made
 
 

@@ -1,0 +1,1 @@
+"""Prompts before they are encoded: wildcards, tags, token counts, long prompts, and a check."""

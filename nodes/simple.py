@@ -1,0 +1,193 @@
+"""Text to image in two nodes: one that loads everything, and one that makes the picture of it."""
+
+from typing import Any
+
+from comfy_api.latest import io
+from comfy_execution.graph_utils import GraphBuilder
+
+from ..chroma.noise import MAX_SEED
+from ..chroma.pipeline import latent_size
+from ..chroma.presets import PRESETS, own_size
+from ..chroma.text.encoder import PadRule
+from ..chroma.tiny import files as small
+from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate, one_of
+from .host_lora import config_of
+from .host_model import load_model
+from .host_text import load_clip
+from .host_vae import load_vae
+from .loading import CATEGORY, MODEL_DTYPE_TIP
+
+FOLDERS = {
+    "model_name": "diffusion_models",
+    "text_encoder_name": "text_encoders",
+    "vae_name": "vae",
+}
+TIPS = {
+    "model_name": "A Chroma file from models/diffusion_models, or the small Chroma.",
+    "text_encoder_name": "A T5-XXL file from models/text_encoders; the small one for the small "
+    "Chroma.",
+    "vae_name": "ae.safetensors of Flux from models/vae; the small one for the small Chroma.",
+}
+
+
+class ChromaLoad(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ChromaLoad",
+            display_name="Load Chroma",
+            category=CATEGORY,
+            description="Load the three files that Chroma needs: transformer, text encoder and "
+            "autoencoder. The small Chroma that comes with these nodes needs no download.",
+            inputs=[
+                *(
+                    io.Combo.Input(
+                        name, options=choices(folder), default=small.LABEL, tooltip=TIPS[name]
+                    )
+                    for name, folder in FOLDERS.items()
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=MODEL_DTYPE_CHOICES,
+                    default=AUTO,
+                    tooltip=MODEL_DTYPE_TIP,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The transformer."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder, in auto precision."),
+                io.Vae.Output(display_name="VAE", tooltip="The autoencoder."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name, text_encoder_name, vae_name, weight_dtype) -> bool | str:
+        return one_of(
+            model_name=(model_name, choices("diffusion_models")),
+            text_encoder_name=(text_encoder_name, choices("text_encoders")),
+            vae_name=(vae_name, choices("vae")),
+            weight_dtype=(weight_dtype, MODEL_DTYPE_CHOICES),
+        )
+
+    @classmethod
+    def execute(
+        cls, model_name: str, text_encoder_name: str, vae_name: str, weight_dtype: str
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            load_model(locate("diffusion_models", model_name, small.TRANSFORMER), weight_dtype),
+            load_clip(locate("text_encoders", text_encoder_name, small.TEXT_ENCODER), AUTO),
+            load_vae(locate("vae", vae_name, small.VAE)),
+        )
+
+
+class ChromaTextToImage(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ChromaTextToImage",
+            display_name="Chroma Text to Image",
+            category=CATEGORY,
+            description="From prompts to pictures with the settings that Chroma's author "
+            "recommends. For everything else there are the single nodes, which this one runs.",
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Chroma, or with LoRAs on it."),
+                io.Clip.Input("clip", tooltip="From Load Chroma."),
+                io.Vae.Input("vae", tooltip="From Load Chroma."),
+                io.String.Input(
+                    "prompt", multiline=True, dynamic_prompts=True, tooltip="What to paint."
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to avoid: none, or much of it; a few words do little.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=MAX_SEED,
+                    control_after_generate=True,
+                    tooltip="Seed of the first picture; the next one's is one more.",
+                ),
+                _side("width"),
+                _side("height"),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures at a time."),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=next(iter(PRESETS)),
+                    tooltip="Sampler, sigmas, shift, and steps and cfg where these are 0.",
+                ),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=10_000, tooltip="0: as many as the preset has."
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance scale; 0: the preset's.",
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="IMAGE", tooltip="For Save Image.")],
+            enable_expand=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, preset) -> bool | str:
+        return one_of(preset=(preset, PRESETS))
+
+    @classmethod
+    def execute(
+        cls, model, clip, vae, prompt, negative_prompt, seed, width, height, batch_size, preset,
+        steps, cfg,
+    ) -> io.NodeOutput:  # fmt: skip
+        p, side = PRESETS[preset], own_size(config_of(model))
+        width, height = width or side, height or side
+        latent_size(width, height)
+        graph = GraphBuilder()
+
+        def add(kind: str, **inputs: Any) -> Any:
+            return graph.node(kind, **inputs).out(0)
+
+        shifted = add(
+            "ChromaModelShift", model=model, mode="constant", shift=p.shift, base_shift=0.5,
+            max_shift=1.15, width=width, height=height,
+        )  # fmt: skip
+        rule = {"pad_rule": PadRule.REFERENCE.value, "prompt_per_line": False}
+        guider = add(
+            "CFGGuider",
+            model=shifted,
+            positive=add("ChromaTextEncode", clip=clip, text=prompt, **rule),
+            negative=add("ChromaTextEncode", clip=clip, text=negative_prompt, **rule),
+            cfg=cfg or p.cfg,
+        )
+        sigmas = add(
+            "ChromaBetaScheduler", model=shifted, steps=steps or p.steps, alpha=p.alpha,
+            beta=p.beta, denoise=1.0, compat=False,
+        )  # fmt: skip
+        sampled = add(
+            "SamplerCustomAdvanced",
+            noise=add("ChromaBatchNoise", noise_seed=seed),
+            guider=guider,
+            sampler=add("ChromaSampler", sampler_name=p.sampler),
+            sigmas=sigmas,
+            latent_image=add(
+                "EmptySD3LatentImage", width=width, height=height, batch_size=batch_size
+            ),
+        )
+        picture = add("VAEDecode", samples=sampled, vae=vae)
+        return io.NodeOutput(picture, expand=graph.finalize())
+
+
+def _side(name: str) -> io.Int.Input:
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=16384,
+        step=16,
+        tooltip="Pixels, in 16s; 0: what the model was trained for, 1024 or the small one's 128.",
+    )

@@ -1,0 +1,280 @@
+"""ComfyUI's real frontend in a real browser, used as a person uses it.
+
+Screenshots of every step are kept in output/browser/<ComfyUI's version>. Needs a checkout of
+ComfyUI (COMFYUI_PATH), playwright, and a Chromium (CHROMIUM names another one than PATH's).
+"""
+
+import base64
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from chroma_nodes.chroma.workflow import run_workflow
+from comfy_queue import Server
+from PIL import Image
+from workflow_files import INPUTS, ROOT, UI, few_steps, load, on_small_model
+
+CHECKOUT = os.environ.get("COMFYUI_PATH")
+CHROMIUM = os.environ.get("CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+if not CHECKOUT:
+    pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to test against", allow_module_level=True)
+if not CHROMIUM:
+    pytest.skip("there is no chromium on PATH: no browser to test with", allow_module_level=True)
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="playwright is not installed: no browser to test with"
+)
+
+PACK = "ComfyUI-Chroma"
+SMALL = "Chroma Nodes - Small model (no download)"
+PROMPT = "a flat emoji of a frog on a white background"
+NEAR = 0.8  # the zoom at which nodes show their text
+MILLISECONDS = 60_000
+HELP = ROOT / "nodes" / "web" / "docs" / "ChromaTextEncode.md"
+
+NODES = "window.app.graph._nodes"
+READY = "() => window.app?.graph && window.app.extensionManager?.command?.commands?.length"
+# [x, y of the middle of a node's title on the page, zoom]
+PLACE = f"""title => {{
+    const canvas = window.app.canvas, {{scale, offset}} = canvas.ds;
+    const node = {NODES}.find(n => n.title === title);
+    const box = canvas.canvas.getBoundingClientRect();
+    return [
+        box.x + (node.pos[0] + node.size[0] / 2 + offset[0]) * scale,
+        box.y + (node.pos[1] - 14 + offset[1]) * scale, scale,
+    ];
+}}"""
+SHOWN = f"title => {NODES}.find(n => n.title === title)?.imgs?.[0]?.naturalWidth > 0"
+GRAPH = f"""() => {NODES}.map(n => [
+    n.type, n.title, (n.widgets ?? []).map(w => w.value).filter(v => typeof v !== 'object'),
+])"""
+FILE = """data => {
+    const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], 'picture.png', {type: 'image/png'}));
+    return transfer;
+}"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    running = Server(Path(CHECKOUT), tmp_path_factory.mktemp("comfy") / "base")
+    settings = running.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir()
+    # The gallery opens by itself for a new user; the tests open it.
+    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
+    with running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as runner:
+        # Containers have no user namespaces for the sandbox and little shared memory.
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
+        chromium = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    version = server.get("/system_stats")["system"]["comfyui_version"]
+    path = ROOT / "output" / "browser" / version
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    return path
+
+
+class User:
+    """What a person does on the page."""
+
+    def __init__(self, page, folder: Path) -> None:
+        self.page, self.folder = page, folder
+
+    def screenshot(self, name: str) -> None:
+        self.page.screenshot(path=self.folder / f"{name}.png")
+
+    def open_gallery(self) -> None:
+        self.page.get_by_text(re.compile("^Tem\u00ad?plates$")).first.click()
+        pack = self.page.get_by_text(PACK, exact=True).first
+        pack.scroll_into_view_if_needed()
+        pack.click()
+        self.page.get_by_text(SMALL, exact=True).first.wait_for()
+
+    def open_template(self, name: str) -> None:
+        self.open_gallery()
+        self.page.get_by_text(name, exact=True).first.click()
+        # A window may tell of models that are missing.
+        self.wait(f"() => {NODES}.length === {len(load_ui(name)['nodes'])}")
+
+    def approach(self, title: str) -> tuple[float, float]:
+        """Turn the mouse wheel over a node until its text shows; where its title is then."""
+        x, y, zoom = self.page.evaluate(PLACE, title)
+        while zoom < NEAR:
+            self.page.mouse.move(x, y)
+            self.page.mouse.wheel(0, -120)
+            self.wait(f"window.app.canvas.ds.scale > {zoom}")
+            x, y, zoom = self.page.evaluate(PLACE, title)
+        return x, y
+
+    def type_prompt(self, old: str, new: str) -> None:
+        areas = self.page.locator("textarea").filter(visible=True)
+        (area,) = (a for a in areas.all() if a.input_value() == old)
+        area.click()
+        area.fill(new)
+
+    def press_run(self) -> None:
+        button = self.page.get_by_test_id("queue-button")
+        inner = button.get_by_role("button")  # older frontends have it inside
+        (inner.first if inner.count() else button).click()
+
+    def drop(self, picture: Path) -> None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        transfer = self.page.evaluate_handle(FILE, data)
+        self.page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": transfer})
+
+    def wait(self, condition: str, argument=None) -> None:
+        self.page.wait_for_function(condition, arg=argument, timeout=MILLISECONDS)
+
+    def graph(self):
+        return sorted(self.page.evaluate(GRAPH), key=repr)
+
+
+@pytest.fixture
+def user(server, browser, folder):
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(MILLISECONDS)
+    page.goto(f"http://127.0.0.1:{server.port}")
+    page.wait_for_function(READY)
+    person = User(page, folder)
+    yield person
+    person.screenshot("last")
+    page.close()
+
+
+def load_ui(name):
+    return load(next(path for path in UI if path.stem == name))
+
+
+def plain(text):
+    """Only the letters and digits, so that markup makes no difference."""
+    return re.sub(r"[\W_]+", "", text)
+
+
+def test_the_gallery_shows_every_template_with_its_thumbnail(user):
+    user.open_gallery()
+    for path in UI:
+        card = user.page.get_by_text(path.stem, exact=True).first
+        card.scroll_into_view_if_needed()
+        assert card.is_visible()
+    sizes = []
+    for path in UI:
+        with Image.open(path.with_suffix(".jpg")) as picture:
+            sizes.append(picture.size[0])
+    user.wait(
+        """wanted => {
+            const shown = [...document.querySelectorAll('img')]
+                .filter(i => i.src.startsWith('blob:') || i.src.includes('workflow_templates'))
+                .map(i => i.naturalWidth);
+            return shown.length === wanted.length
+                && shown.sort().join() === wanted.sort().join();
+        }""",
+        sizes,
+    )
+    user.screenshot("gallery")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in UI])
+def test_a_template_opens_with_a_click_and_runs_once_files_are_chosen(user, server, name):
+    user.open_template(name)
+    user.page.wait_for_timeout(1000)  # for the picture of it alone
+    user.screenshot(name.removeprefix("Chroma Nodes - "))
+    assert sorted(kind for kind, _, _ in user.graph()) == sorted(
+        node["type"] for node in load_ui(name)["nodes"]
+    )
+    prompt = user.page.evaluate("() => window.app.graphToPrompt().then(made => made.output)")
+    run = server.run(few_steps(on_small_model(prompt)))
+    assert run.ending == "execution_success", run.data
+    assert server.pictures(run)
+
+
+def test_from_a_prompt_to_a_picture_and_back_from_the_picture(user, server):
+    user.open_template(SMALL)
+    (old,) = (w[0] for _, title, w in user.graph() if title == "Prompt")
+    user.approach("Prompt")
+    user.type_prompt(old, PROMPT)
+    user.screenshot("prompt typed")
+    before = set((server.base / "output").glob("*.png"))
+    user.press_run()
+    user.wait("() => /^\\[?\\d+%/.test(document.title)")
+    user.wait(SHOWN, "Sample")
+    user.screenshot("progress and preview")
+    user.approach("Save")
+    user.wait("() => !/%/.test(document.title)")
+    drag_to_the_middle(user, "Save")
+    user.wait(SHOWN, "Save")
+    user.screenshot("picture")
+    (saved,) = set((server.base / "output").glob("*.png")) - before
+    with Image.open(saved) as picture:
+        assert picture.size == (128, 128)
+        assert PROMPT in picture.text["prompt"]
+
+    user.page.evaluate("window.app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    user.wait(f"() => {NODES}.length === 0")
+    user.drop(saved)
+    user.wait(f"() => {NODES}.length === {len(load_ui(SMALL)['nodes'])}")
+    with Image.open(saved) as picture:
+        saved_graph = json.loads(picture.text["workflow"])
+    titles = {node["title"]: node for node in saved_graph["nodes"] if "title" in node}
+    for _, title, widgets in user.graph():
+        if title in titles:
+            assert widgets[: len(titles[title]["widgets_values"])] == (
+                titles[title]["widgets_values"]
+            )
+    assert any(widgets[:1] == [PROMPT] for _, _, widgets in user.graph())
+    user.screenshot("graph back from the picture")
+
+
+def drag_to_the_middle(user, title):
+    """A node draws its picture only where it can be seen."""
+    x, y, _ = user.page.evaluate(PLACE, title)
+    user.page.evaluate(
+        "([dx, dy]) => { const ds = window.app.canvas.ds;"
+        " ds.offset[0] += dx / ds.scale; ds.offset[1] += dy / ds.scale;"
+        " window.app.canvas.setDirty(true, true); }",
+        [800 - x, 300 - y],
+    )
+
+
+def test_a_picture_made_without_comfyui_brings_its_graph(user, tmp_path):
+    prompt = few_steps(on_small_model(load(ROOT / "workflows" / "api" / "chroma-small.json")))
+    (saved,) = run_workflow(prompt, input_dir=INPUTS, output_dir=tmp_path)
+    user.drop(saved)
+    user.wait(f"() => {NODES}.some(n => n.type === 'ChromaTextEncode')")
+    back = user.page.evaluate("() => window.app.graphToPrompt().then(made => made.output)")
+    given = sorted([n["class_type"], *widgets_of(n)] for n in prompt.values())
+    assert sorted([n["class_type"], *widgets_of(n)] for n in back.values()) == given
+
+
+def widgets_of(node):
+    """The values of a node of an API graph that are no links, by name."""
+    inputs = node["inputs"].items()
+    return sorted((name, str(value)) for name, value in inputs if not isinstance(value, list))
+
+
+def test_the_help_of_a_node_opens(user):
+    user.open_template(SMALL)
+    user.page.mouse.click(*user.approach("Prompt"))
+    user.page.get_by_test_id("info-button").click()
+    title, text = HELP.read_text("utf-8").split("\n\n")[:2]
+    user.page.get_by_text(title.removeprefix("# "), exact=True).first.wait_for()
+    user.wait(
+        "text => document.body.innerText.replace(/[\\W_]+/g, '').includes(text)",
+        plain(text.split("\n")[0])[:60],
+    )
+    user.screenshot("help")

@@ -1,0 +1,45 @@
+"""The two nodes of a whole picture on a real ComfyUI server. Set COMFYUI_PATH to a checkout."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from chroma_nodes.chroma.tiny import files as small
+from comfy_queue import Server
+from PIL import Image
+from test_simple_nodes import pictures, two_nodes
+
+CHECKOUT = os.environ.get("COMFYUI_PATH")
+pytestmark = pytest.mark.skipif(
+    not CHECKOUT, reason="COMFYUI_PATH is not set: no real ComfyUI to test against"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(Path(CHECKOUT or ""), tmp_path_factory.mktemp("comfy") / "base") as running:
+        yield running
+
+
+def test_the_picture_is_that_without_comfyui(server, tmp_path):
+    prompt = two_nodes(batch_size=2)
+    run = server.run(prompt)
+    assert run.ending == "execution_success", run.data
+    # Steps and previews are those of the sampler that runs inside.
+    assert run.previews and max(value for _, value, _ in run.progress) == 2
+    found = [np.asarray(Image.open(path)).astype(float) for path in server.pictures(run)]
+    assert [picture.shape for picture in found] == [(small.SIZE, small.SIZE, 3)] * 2
+    for ours, theirs in zip(pictures(prompt, tmp_path), found, strict=True):
+        assert np.abs(ours - theirs).mean() < 2
+
+
+def test_an_interrupt_ends_it(server):
+    run = server.run(two_nodes(steps=500), interrupt_at=2)
+    assert run.ending == "execution_interrupted"
+
+
+def test_an_unusable_size_is_one_line(server):
+    run = server.run(two_nodes(width=100))
+    assert run.ending == "execution_error"
+    assert run.data["exception_message"].startswith("width 100 is not usable")
