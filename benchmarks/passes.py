@@ -43,14 +43,12 @@ class Way:
 
 
 WAYS = [
+    *(Way("flow_pec", steps) for steps in (26, 15, 13, 10, 8)),
     Way("euler", 26), Way("res_multistep", 26), Way("res_multistep", 15),
-    *(Way("flow_pec", steps) for steps in (26, 20, 15, 13, 10, 8)),
-    *(Way("flow_pec", 26, end=end) for end in (0.2, 0.5, 0.7, 1.0)),
-    Way("flow_pec", 26, start=0.95),
-    *(Way("flow_pec", 26, cache=threshold) for threshold in (0.05, 0.1, 0.15, 0.2, 0.3)),
+    *(Way("flow_pec", 26, end=end) for end in (0.2, 0.5)),
+    *(Way("flow_pec", 26, cache=threshold) for threshold in (0.1, 0.2)),
     Way("flow_pec", 16, end=0.2), Way("flow_pec", 16, cache=0.1),
-    Way("flow_pec", 16, end=0.2, cache=0.1), Way("flow_pec", 13, end=0.2),
-    Way("flow_pec", 13, cache=0.1), Way("flow_pec", 10, end=0.5),
+    Way("flow_pec", 16, end=0.2, cache=0.1), Way("flow_pec", 13, end=0.2, cache=0.1),
 ]  # fmt: skip
 
 

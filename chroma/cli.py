@@ -1,4 +1,4 @@
-"""The command line: `chroma-nodes generate`, `run`, `quantize`, `inspect`, `lora`."""
+"""The command line: `chroma-nodes generate`, `run`, `quantize`, `inspect`, `lora`, `queue`."""
 
 import argparse
 import logging
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .cli_files import add_file_commands
 from .cli_generate import add_generate_command
+from .cli_queue import add_queue_command
 from .cli_run import add_run_command
 from .errors import ChromaError
 from .lora.cli import add_lora_commands
@@ -25,6 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--device", help="for instance cpu; else what torch finds")
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     add_lora_commands(commands)
+    add_queue_command(commands)
     return parser.parse_args(arguments)
 
 

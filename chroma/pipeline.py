@@ -82,7 +82,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Settings:
-    """One picture's settings; the defaults are the model author's."""
+    """One picture's settings; the defaults are the preset Base / HD."""
 
     width: int = 1024
     height: int = 1024

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
@@ -19,6 +18,7 @@ from ..chroma.errors import SamplingError
 from ..chroma.guidance.plan import Guidance, is_one
 from ..chroma.guidance.rules import classifier_free
 from ..chroma.guidance.run import GuidanceRun
+from .host_sampling import check_flow
 
 logger = logging.getLogger("chroma")
 
@@ -33,7 +33,7 @@ class ChromaCFGGuider(CFGGuider):
     """ComfyUI's CFGGuider under a Guidance; with nothing but a scale it gives the same numbers."""
 
     def __init__(self, model: ModelPatcher, plan: Guidance) -> None:
-        super().__init__(check_flow(model))
+        super().__init__(_flow(model))
         if isinstance(self.model_options.get(CFG_FUNCTION), GuidancePatch):
             raise SamplingError(
                 "this MODEL comes from Chroma Guidance already; "
@@ -118,7 +118,7 @@ def patch_guidance(model: ModelPatcher, plan: Guidance) -> ModelPatcher:
 
     Raises SamplingError unless the MODEL is a flow model.
     """
-    clone = check_flow(model).clone()
+    clone = _flow(model).clone()
     theirs = clone.model_options.get(CFG_FUNCTION)
     if isinstance(theirs, GuidancePatch):
         theirs = theirs.theirs
@@ -133,13 +133,9 @@ def patch_guidance(model: ModelPatcher, plan: Guidance) -> ModelPatcher:
     return clone
 
 
-def check_flow(model: ModelPatcher) -> ModelPatcher:
-    """The MODEL itself. Raises SamplingError unless it predicts the velocity of a flow."""
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise SamplingError(
-            f"this MODEL ({type(model.model).__name__}) is not a flow model; expected Chroma"
-        )
+def _flow(model: ModelPatcher) -> ModelPatcher:
+    """The MODEL itself. Raises SamplingError unless it is a flow model."""
+    check_flow(model.get_model_object("model_sampling"))
     return model
 
 

@@ -10,6 +10,7 @@ import comfy.samplers
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..chroma.errors import SamplingError
 from ..chroma.noise import make_noise
 from ..samplers import SAMPLERS
 from ..samplers.noise import RowSeeds
@@ -18,11 +19,19 @@ from ..schedulers import SCHEDULERS, get_sigmas
 PREFIX = "chroma_"
 
 
+def check_flow(model_sampling: object) -> None:
+    """Raises SamplingError unless a MODEL with this sampling predicts the velocity of a flow."""
+    if not isinstance(model_sampling, comfy.model_sampling.CONST):
+        raise SamplingError("this MODEL is not a flow model; expected Chroma")
+
+
 def model_shift(model_sampling: object) -> float:
     """The shift a of a flow MODEL's sampling, which takes time 1/2 to sigma a / (a + 1).
 
     One formula for ComfyUI's two ways to state it: a itself (AuraFlow, SD3) and ln a (Flux).
+    Raises SamplingError for other models.
     """
+    check_flow(model_sampling)
     middle = model_sampling.percent_to_sigma(0.5)
     return middle / (1 - middle)
 
@@ -37,18 +46,25 @@ def schedule(
 
 
 def set_constant_shift(model: ModelPatcher, shift: float) -> ModelPatcher:
-    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingAuraFlow."""
+    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingAuraFlow.
+
+    Raises SamplingError unless the MODEL is a flow model.
+    """
     flow = comfy.model_sampling.ModelSamplingDiscreteFlow
     # Multiplier 1: the transformer takes sigma itself and multiplies by 1000 on its own.
     return _set_sampling(model, flow, shift=shift, multiplier=1.0)
 
 
 def set_flux_shift(model: ModelPatcher, shift: float) -> ModelPatcher:
-    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingFlux."""
+    """A clone that samples at `shift`, with the numbers of ComfyUI's ModelSamplingFlux.
+
+    Raises SamplingError unless the MODEL is a flow model.
+    """
     return _set_sampling(model, comfy.model_sampling.ModelSamplingFlux, shift=math.log(shift))
 
 
 def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> ModelPatcher:
+    check_flow(model.get_model_object("model_sampling"))
     kind = type("ChromaSampling", (base, comfy.model_sampling.CONST), {})
     sampling = kind(model.model.model_config)
     sampling.set_parameters(**parameters)

@@ -186,8 +186,8 @@ class ChromaPreset(io.ComfyNode):
             node_id="ChromaPreset",
             display_name="Chroma Preset",
             category=CATEGORY,
-            description="Shift, sampler, sigmas and guidance scale that belong together, as "
-            "Chroma's author recommends.",
+            description="Shift, sampler, sigmas and guidance scale that belong together: Chroma's "
+            "author's, with this pack's most exact sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="A Chroma MODEL; it stays as it is."),
                 io.Combo.Input(

@@ -19,7 +19,10 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     # Rounding can take a schedule a little past 1, where log-SNRs are not defined.
     values = [1.0 if 1 < s <= 1 + 1e-6 else float(s) for s in sigmas.tolist()]
     if not all(math.isfinite(s) and 0 <= s <= 1 for s in values):
-        raise SamplingError("sigmas must be finite numbers from 0 to 1; choose another scheduler")
+        raise SamplingError(
+            f"sigmas from {min(values):g} to {max(values):g} are not a flow model's; expected finite "
+            "numbers from 0 to 1, so choose another scheduler, or a Chroma MODEL"
+        )
     for i, (high, low) in enumerate(pairwise(values)):
         if low > high:
             raise SamplingError(
@@ -96,7 +99,17 @@ def check_order(name: str, order: int, lowest: int, highest: int) -> None:
         raise SamplingError(f"{name} {order} is not usable; expected {lowest} to {highest}")
 
 
+def check_finite(denoised: Tensor, sigma: float) -> None:
+    """Raises SamplingError if the model returned anything but finite numbers."""
+    if not bool(denoised.isfinite().all()):
+        raise SamplingError(
+            f"the model returned NaN or infinity at sigma {sigma:.4f}; "
+            "the weights or their precision are unsuitable: try bf16 or fp32 instead of fp16"
+        )
+
+
 def report(callback, i: int, x: Tensor, sigma: float, denoised: Tensor) -> None:
-    """One call per step with k-diffusion's keys."""
+    """One call per step with k-diffusion's keys. Raises SamplingError if the model has failed."""
+    check_finite(denoised, sigma)
     if callback is not None:
         callback({"i": i, "x": x, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})

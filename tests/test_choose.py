@@ -36,6 +36,19 @@ def test_a_model_that_fails_is_not_hidden(name):
         SAMPLERS[name](broken, torch.randn(1, 2, 2, 2), torch.tensor([1.0, 0.5, 0.0]), disable=True)
 
 
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_model_that_returns_no_numbers_is_one_line(name, bad):
+    def broken(x, sigma, **kw):
+        out = away(x, sigma, **kw)
+        return out if float(sigma[0]) > 0.6 else out.index_fill(1, torch.tensor([1]), bad)
+
+    sigmas = torch.tensor([1.0, 0.7, 0.5, 0.0])
+    with pytest.raises(SamplingError, match=r"returned NaN or infinity at sigma 0\.5000") as error:
+        SAMPLERS[name](broken, torch.randn(1, 2, 2, 2), sigmas, disable=True)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", NOISY)
 def test_eta_zero_needs_no_noise_and_others_do(name):
     def refuse(*_):

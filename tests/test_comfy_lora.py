@@ -349,8 +349,43 @@ def test_bypass_beside_plain_weights_lasts_as_long_as_the_run(tmp_path, state, k
     assert "merged" not in str(applied) and not beside.patches
     close(sample(beside), sample(ours(model, path, 0.3)[0]))
     close(sample(twice), sample(ours(model, path, 0.7)[0]))
-    assert not layer(model)._forward_hooks and torch.equal(sample(model), before)
+    assert "forward" not in vars(layer(model)) and torch.equal(sample(model), before)
     assert all(torch.equal(original[k], v) for k, v in bits(model).items())
+
+
+def test_what_was_compiled_without_adapters_beside_weights_runs_with_them(tmp_path, state):
+    model, _ = build(tmp_path, state, "fp32")
+    path = saved(tmp_path, kohya()[0])
+    beside = [ours(model, path, strength, "bypass")[0] for strength in (0.3, 0.7)]
+    inner = model.model.diffusion_model
+    eager = [sample(one) for one in (model, *beside)]
+    try:
+        inner.compile(backend="eager")
+        compiled = [sample(one) for one in (model, *beside, model)]
+    finally:
+        inner._compiled_call_impl = None
+        torch._dynamo.reset()
+    assert not any(torch.equal(eager[0], other) for other in eager[1:])
+    for actual, wanted in zip(compiled, (*eager, eager[0]), strict=True):
+        close(actual, wanted)
+
+
+def test_who_wraps_a_layer_meanwhile_is_left_alone(tmp_path, state):
+    """As ComfyUI's own bypass does, which may give the forward it found back much later."""
+    model, _ = build(tmp_path, state, "fp32")
+    plain_picture, (one,) = sample(model), [layer(model)]
+    beside, _ = ours(model, saved(tmp_path, kohya()[0]), 0.3, "bypass")
+    found = []
+
+    def wrap(executor, *args, **kwargs):
+        found.append(one.forward)
+        one.forward = lambda x: found[0](x)
+        return executor(*args, **kwargs)
+
+    beside.add_wrapper_with_key("outer_sample", "a pack", wrap)
+    assert not torch.equal(sample(beside), plain_picture)
+    one.forward = found[0]
+    assert torch.equal(sample(model), plain_picture)
 
 
 def test_bypass_beside_plain_weights_refuses_what_depends_on_them(tmp_path, state):

@@ -223,7 +223,8 @@ def test_merging_into_the_base_and_into_bf16(comfy_folders, loras):
         left_alone = all(torch.equal(made[key], old[key]) for key in old if key not in KEYS)
         assert left_alone or to == "bf16"
         assert name in ChromaLoadModel.define_schema().inputs[0].options
-        assert comfy_folders.seen[-1] == (source.stat().st_size,) * 2
+        done, of = comfy_folders.seen[-1]  # a header is no tensor
+        assert of == source.stat().st_size and 0.99 * of < done <= of
 
 
 def values_of(path):
@@ -293,7 +294,6 @@ def cases(comfy_folders, model):
                                        "value": 1.0, "model": model}),
         (lora_tools.ChromaExtractLora, {"original": small.LABEL, "tuned": tuned.name, "rank": 2,
                                         "energy": 0.0}),
-        (into, {"model_name": "diffusion_models/q.gguf", "to": "base", **chosen}),
         (into, {"model_name": "diffusion_models/q.gguf", "to": "bf16", **chosen}),
         (into, {"model_name": BASE, "to": "base", **chosen}),
     ]  # fmt: skip
@@ -409,9 +409,12 @@ def test_on_a_real_server(tmp_path):
         (text,) = shown(server, run)["r"]["text"]
         assert text.startswith("made.safetensors\n") and "rank 2; relative error" in text
         assert f"{len(KEYS)} parameters changed" in shown(server, run)["i"]["text"][0]
-        for node in ("r", "i"):
-            steps = [(value, top) for place, value, top in run.progress if place == node]
-            assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] > 1
+        of_node = {"r": [], "i": []}
+        for place, value, top in run.progress:
+            of_node.get(place, []).append((value, top))
+        assert all(steps == sorted(steps) for steps in of_node.values())
+        assert of_node["r"][-1] == (len(KEYS), len(KEYS))
+        assert of_node["i"][-1][1] == small.TRANSFORMER.stat().st_size
         for loader, menu in (("ChromaLoadLora", "lora_name"), ("ChromaLoadModel", "model_name")):
             offered = server.get(f"/object_info/{loader}")[loader]["input"]["required"][menu]
             assert "made.safetensors" in str(offered)

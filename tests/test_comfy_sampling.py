@@ -17,6 +17,7 @@ from comfy_inprocess import import_comfyui, write_small_files
 import_comfyui()
 
 import comfy.k_diffusion.sampling
+import comfy.model_sampling
 import comfy.samplers
 from chroma_nodes import nodes as pack
 from chroma_nodes.nodes import sampling, scheduling
@@ -130,6 +131,29 @@ def test_samplers_that_know_one_seed_take_the_first(model):
 def test_a_node_refuses_what_its_sampler_cannot_use():
     with pytest.raises(SamplingError, match="flow_pec: order 1 is not usable"):
         sampling.ChromaFlowPECSampler.execute(order=1, kappa=0.0, eta=0.0, s_noise=1.0)
+
+
+def test_a_model_that_returns_no_numbers_is_one_line(tmp_path):
+    broken = build_model(write_small_files(tmp_path)["diffusion_models"], torch.float32)
+    torch.nn.init.constant_(broken.model.diffusion_model.img_in.bias, float("nan"))
+    sampler = comfy.samplers.KSAMPLER(SAMPLERS["flow_pec"])
+    with pytest.raises(SamplingError, match=r"returned NaN or infinity at sigma 1\.0000"):
+        picture(broken, noise_of(1), sampler, 1)
+
+
+def test_schedules_and_shifts_are_for_flow_models(model):
+    other = model.clone()
+    kinds = (comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS)
+    sampling_of_others = type("Eps", kinds, {})()
+    other.add_object_patch("model_sampling", sampling_of_others)
+    for use in (
+        lambda: scheduling.ChromaScheduler.execute(other, 8, "beta", 1.0, False),
+        lambda: scheduling.ChromaModelShift.execute(other, "constant", 1.0, 0.5, 1.15, 64, 64),
+        lambda: sampling.ChromaPreset.execute(other, "Flash"),
+        lambda: comfy.samplers.calculate_sigmas(sampling_of_others, "chroma_beta", 8),
+    ):
+        with pytest.raises(SamplingError, match="this MODEL is not a flow model; expected Chroma"):
+            use()
 
 
 def test_a_resolution_that_shifts_too_far_is_one_line(model):

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-# websockets and psutil come with the packages that ComfyUI needs.
-pytest.importorskip("psutil")
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from comfy_queue import Run  # noqa: E402
-from soak import Ended, growth, repeats, rises  # noqa: E402
-from soak_jobs import FORMATS, LORAS, WORKFLOWS, Job, Kind, rounds  # noqa: E402
+import soak
+from comfy_queue import Run
+from soak import Ended, growth, repeats, rises
+from soak_jobs import FORMATS, LORAS, WORKFLOWS, Job, Kind, rounds
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
 JOBS = 12
@@ -26,7 +24,7 @@ JOBS = 12
 @pytest.mark.skipif(not CHECKOUT, reason="COMFYUI_PATH is not set: no real ComfyUI to test against")
 def test_a_short_run_ends_as_it_is_meant_to(tmp_path):
     out = tmp_path / "soak.json"
-    command = [sys.executable, ROOT / "benchmarks" / "soak.py", "--jobs", str(JOBS), "--json", out]
+    command = [sys.executable, soak.__file__, "--jobs", str(JOBS), "--json", out]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{JOBS}/{JOBS} jobs, 0 failures" in done.stderr

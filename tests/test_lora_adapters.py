@@ -45,26 +45,14 @@ def test_factors_of_16_bits_are_multiplied_in_32(kind):
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_kind_fits_its_weight_and_no_other(kind):
     adapter = MAKERS[kind](N)
-    adapter.check(SHAPE)
+    adapter.fit(SHAPE)
     others = [(N, K, 1), (N,), (N + 4, K + 4)]
     if kind != "oftv2, one block for all":  # 8 columns serve 48 as well as 32
         others.append((K, N))
     for shape in others:
         with pytest.raises(LoraError) as error:
-            adapter.check(shape)
+            adapter.fit(shape)
         assert "\n" not in str(error.value) and adapter.kind in str(error.value)
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_refused(kind, value):
-    for tensor in (adapter := MAKERS[kind](N)).tensors():
-        kept = tensor.flatten()[-1].clone()
-        tensor.view(-1)[-1] = value
-        with pytest.raises(LoraError, match="NaN"):
-            adapter.check(SHAPE)
-        tensor.view(-1)[-1] = kept
-    adapter.check(SHAPE)
 
 
 def test_factors_of_different_ranks_are_refused():
@@ -77,19 +65,16 @@ def test_factors_of_different_ranks_are_refused():
     ]
     for adapter in cases:
         with pytest.raises(LoraError, match="rank"):
-            adapter.check(SHAPE)
+            adapter.fit(SHAPE)
     with pytest.raises(LoraError, match="rank 4 in down, but 3 in up"):
-        cases[0].check(SHAPE)
+        cases[0].fit(SHAPE)
 
 
 def test_tensors_that_are_no_matrices_are_refused():
     lora, blocks = low_rank(), oft().blocks
     cases = [
         dataclasses.replace(lora, down=torch.ones(K)),
-        dataclasses.replace(lora, down=torch.ones(0, K), up=torch.ones(N, 0)),
         dataclasses.replace(lora, mid=torch.ones(3, 4)),
-        dataclasses.replace(lora, alpha=float("nan")),
-        kinds.DoRA(dataclasses.replace(lora, alpha=float("inf")), torch.ones(N), True),
         kinds.DoRA(lora, torch.ones(N), per_row=False),
         kinds.OFT(blocks[0]),
         kinds.OFT(blocks, torch.ones(N - 1)),
@@ -100,7 +85,7 @@ def test_tensors_that_are_no_matrices_are_refused():
     ]
     for adapter in cases:
         with pytest.raises(LoraError):
-            adapter.check(SHAPE)
+            adapter.fit(SHAPE)
 
 
 def test_alpha_and_rank():
@@ -126,7 +111,7 @@ def test_lokr_of_whole_factors_ignores_alpha():
 def test_factors_stored_as_convolutions():
     lora = low_rank()
     conv = kinds.LowRank(lora.down[..., None, None], lora.up[..., None, None])
-    conv.check(SHAPE)
+    conv.fit(SHAPE)
     assert torch.equal(conv.change(base(), 1.0), lora.change(base(), 1.0))
 
 
@@ -167,8 +152,8 @@ def test_oftv2_scaled_is_the_vectors_over_twice_the_root():
 
 def test_differences_of_vectors():
     bias, diff = random(N, seed=1), random(N, seed=2)
-    kinds.Diff(diff).check((N,))
+    kinds.Diff(diff).fit((N,))
     torch.testing.assert_close(kinds.Diff(diff).change(bias, -0.5), bias - 0.5 * diff)
     torch.testing.assert_close(kinds.SetWeight(diff).change(bias, 1.0), diff)
     with pytest.raises(LoraError, match="expected"):
-        kinds.Diff(diff).check((K,))
+        kinds.Diff(diff).fit((K,))

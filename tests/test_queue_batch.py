@@ -98,8 +98,9 @@ def test_several_pictures_and_those_of_previews(fake, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../x.png", "/tmp/x.png", "..\\x.png", "C:\\x.png", "a\0.png", "\ud800.png", "x.png" * 99]
-)  # fmt: skip
+    "name",
+    ["../../x.png", "/x.png", "..\\x.png", "C:\\x.png", "a\0.png", "\ud800.png", "x.png" * 99],
+)
 def test_the_servers_names_never_name_our_files(fake, tmp_path, name):
     fake.files = [{"filename": name, "subfolder": "../..", "type": "output"}]
     (tmp_path / "a" / "b").mkdir(parents=True)
@@ -236,9 +237,11 @@ def test_no_server_and_other_servers(fake, tmp_path):
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "ftp://h", "", "http://", "http://h:x", "http://[", "http://u:p@h", "h?q", "h/ a",
-     "http://\u2603"],
-)  # fmt: skip
+    "file:///etc/passwd ftp://h http:// http://h:x http://[ http://u:p@h h?q http://\u2603".split(
+        " "
+    )
+    + ["", "h/ a"],
+)
 def test_addresses_that_are_none(url):
     with pytest.raises(ChromaError, match="is no server; expected an address"):
         Server(url)

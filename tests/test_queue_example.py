@@ -81,8 +81,11 @@ def test_failures_interrupts_and_restarts(example, fake):
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("r.csv", '\ufeff1.text,2.seed\n"a\ndog",4\n'), ("r.jsonl", '{"1.text": "a\\ndog", "2.seed": 4}\n')],
-)  # fmt: skip
+    [
+        ("r.csv", '\ufeff1.text,2.seed\n"a\ndog",4\n'),
+        ("r.jsonl", '{"1.text": "a\\ndog", "2.seed": 4}\n'),
+    ],
+)
 def test_as_a_program(fake, tmp_path, name, text):
     (tmp_path / name).write_text(text, "utf-8")
     (tmp_path / "graph.json").write_text(json.dumps(GRAPH))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..autoencoder import AutoencoderConfig
 from ..config import ChromaConfig
 from ..errors import CheckpointError
+from ..out_of_memory import is_out_of_memory
 from ..quant.tensor import QuantTensor
 from ..text.t5 import T5Config
 from .container import Checkpoint, open_checkpoint
@@ -123,7 +124,7 @@ def read_state(path: Path, wanted: Kind) -> State:
     try:
         return LAYOUTS[wanted][layout][1](checkpoint.read(names))
     except (RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
             raise
         raise misshapen(path, error) from None
 

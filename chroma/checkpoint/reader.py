@@ -111,6 +111,8 @@ def read_tensors(header: Header, names: dict[str, str]) -> dict[str, Tensor]:
     try:
         with safe_open(header.path, framework="pt", device="cpu") as file:
             return {new: file.get_tensor(old) for old, new in names.items()}
+    except MemoryError:
+        raise
     except Exception as error:  # safetensors' own error type differs by version
         raise damaged(header.path, " ".join(str(error).split())) from None
 

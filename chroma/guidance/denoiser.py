@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...samplers.steps import check_finite
 from ..caching import BlockCache, CachedRows
 from ..errors import SamplingError
 from ..nag import NAG
@@ -98,11 +99,7 @@ class Denoiser:
         guided = denoised[0]
         if len(denoised) == 2:
             guided = self.run.guide(x, denoised[0], denoised[1], scale)
-        if not bool(torch.isfinite(guided).all()):
-            raise SamplingError(
-                f"the model returned NaN or infinity at sigma {level:.4f}; "
-                "the weights or their precision are unsuitable: try bf16 or fp32 instead of fp16"
-            )
+        check_finite(guided, level)
         return guided
 
     def _negative(self) -> TextEmbedding:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .graph import Link, Prompt, check
-from .schema import Input, Registry
+from .schema import REQUIRED, Input, Registry
 
 COLUMN, GAP = 380, 40
 WIDTH, LINE = 315, 26
@@ -124,7 +124,9 @@ def _widget_values(specs: tuple[Input, ...], inputs: dict[str, Any]) -> list[Any
         if not spec.is_widget:
             continue
         value = inputs[spec.name]
-        values.append(spec.default if isinstance(value, Link) else value)
+        # A value that comes over a link leaves the widget as a new node has it.
+        idle = "" if spec.default is REQUIRED else spec.default
+        values.append(idle if isinstance(value, Link) else value)
         if spec.is_seed:
             values.append("fixed")
     # The upload button stands behind all others, whichever of them holds the picture's name.

@@ -20,6 +20,7 @@ from . import (
     nodes_guidance,
     nodes_lora,
     nodes_nag,
+    nodes_prompt,
     nodes_sampling,
     nodes_simple,
 )
@@ -30,7 +31,7 @@ from .values import Context
 
 _PARTS = (
     nodes_chroma, nodes_lora, nodes_sampling, nodes_guidance, nodes_nag, nodes_caching, nodes_core,
-    nodes_simple,
+    nodes_simple, nodes_prompt,
 )  # fmt: skip
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 

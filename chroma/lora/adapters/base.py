@@ -3,10 +3,8 @@
 Shapes: a weight (N, K) has N output features (rows) and K input features (columns); r is a rank.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import ClassVar
 
 import torch
@@ -17,6 +15,8 @@ from .held import Held
 from .steps import Dense, Rows, Step
 
 Weight = Callable[[], Tensor]
+# Where shapes are compared without the values.
+NOWHERE = torch.device("meta")
 # An adapter, its strength, and the rows (first, end) of the weight it is for; None: all.
 Placement = tuple["Adapter", float, Rows | None]
 
@@ -47,17 +47,6 @@ class Adapter(Held, ABC):
         """The change as a matrix: any kind can be written so, at the cost of a second weight."""
         current = weight()
         return Step(terms=(Dense(self.change(current, strength) - current),))
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise LoraError if a value is not finite, or cannot belong to a weight of this shape."""
-        if not all(tensor.numel() for tensor in self.tensors()):
-            raise LoraError(f"{self.kind}: a tensor is empty; the file is damaged")
-        self.fit(tuple(shape))
-        values = (getattr(self, field.name) for field in fields(self))
-        if not all(math.isfinite(value) for value in values if isinstance(value, float)):
-            raise LoraError(f"{self.kind}: alpha is NaN or infinite; the file is damaged")
-        if not all(bool(tensor.float().isfinite().all()) for tensor in self.tensors()):
-            raise LoraError(f"{self.kind}: a tensor holds NaN or infinity; the file is damaged")
 
 
 class Additive(Adapter):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoraError
-from .base import Adapter, Additive, Weight, expect_matrix
+from .base import NOWHERE, Adapter, Additive, Weight, expect_matrix
 from .steps import Dense, Scale, Step
 
 
@@ -78,7 +78,7 @@ class IA3(Adapter):
 
 
 def _expect_whole(kind: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(_whole(tensor, tensor.device).shape) != shape:
+    if tuple(_whole(tensor, NOWHERE).shape) != shape:
         raise LoraError(f"{kind}: the tensor has shape {tuple(tensor.shape)}, expected {shape}")
 
 

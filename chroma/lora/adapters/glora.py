@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoraError
-from .base import Adapter, Weight, expect, expect_matrix, matrix
+from .base import NOWHERE, Adapter, Weight, expect, expect_matrix, matrix
 from .steps import Pair, Step
 
 
@@ -28,7 +28,7 @@ class GLoRA(Adapter):
 
     @property
     def rank(self) -> int:
-        return min(matrix(self.a1).shape)
+        return min(matrix(self.a1, NOWHERE).shape)
 
     @property
     def scale(self) -> float:
@@ -37,7 +37,7 @@ class GLoRA(Adapter):
 
     def fit(self, shape: tuple[int, ...]) -> None:
         n, k = expect_matrix(self.kind, shape)
-        a1, a2, b1, b2 = self._factors(self.a1.device)
+        a1, a2, b1, b2 = self._factors(NOWHERE)
         r = self.rank
         if not a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0] == r:
             raise LoraError(f"{self.kind}: the ranks of a1, a2, b1 and b2 differ")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoraError
-from .base import Additive, Weight, expect, expect_matrix, matrix
+from .base import NOWHERE, Additive, Weight, expect, expect_matrix, matrix
 from .steps import Pair, Step
 
 
@@ -35,7 +35,7 @@ class LoHa(Additive):
     def fit(self, shape: tuple[int, ...]) -> None:
         n, k = expect_matrix(self.kind, shape)
         for a, b, name in ((self.w1_a, self.w1_b, "w1"), (self.w2_a, self.w2_b, "w2")):
-            up, down = matrix(a), matrix(b)
+            up, down = matrix(a, NOWHERE), matrix(b, NOWHERE)
             r = down.shape[0]
             if up.shape[1] != r:
                 raise LoraError(f"{self.kind}: rank {r} in {name}_b, but {up.shape[1]} in {name}_a")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoraError
-from .base import Additive, Weight, expect_matrix, matrix
+from .base import NOWHERE, Additive, Weight, expect_matrix, matrix
 from .steps import Kronecker, Step
 
 # A matrix, or the two of which it is the product: (a (n, r), b (r, k)).
@@ -61,9 +61,9 @@ class LoKr(Additive):
 
 def _shape(factor: Factor, name: str) -> tuple[int, int]:
     if isinstance(factor, Tensor):
-        n, k = matrix(factor).shape
+        n, k = matrix(factor, NOWHERE).shape
         return n, k
-    a, b = matrix(factor[0]), matrix(factor[1])
+    a, b = matrix(factor[0], NOWHERE), matrix(factor[1], NOWHERE)
     if a.shape[1] != b.shape[0]:
         raise LoraError(f"lokr: rank {b.shape[0]} in {name}_b, but {a.shape[1]} in {name}_a")
     return a.shape[0], b.shape[1]

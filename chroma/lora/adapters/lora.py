@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...errors import LoraError
-from .base import Additive, Weight, expect, expect_matrix, matrix
+from .base import NOWHERE, Additive, Weight, expect, expect_matrix, matrix
 from .steps import Pair, Step
 
 
@@ -38,12 +38,12 @@ class LowRank(Additive):
 
     def fit(self, shape: tuple[int, ...]) -> None:
         n, k = expect_matrix(self.kind, shape)
-        down, up = matrix(self.down), matrix(self.up)
+        down, up = matrix(self.down, NOWHERE), matrix(self.up, NOWHERE)
         if up.shape[1] != self.rank:
             raise LoraError(f"{self.kind}: rank {self.rank} in down, but {up.shape[1]} in up")
         expect(self.kind, {"down": (down, (self.rank, k)), "up": (up, (n, self.rank))})
         if self.mid is not None:
-            expect(self.kind, {"mid": (matrix(self.mid), (self.rank, self.rank))})
+            expect(self.kind, {"mid": (matrix(self.mid, NOWHERE), (self.rank, self.rank))})
 
     def delta(self, device: torch.device) -> Tensor:
         pair = self._pair(device)
