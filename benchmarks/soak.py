@@ -91,6 +91,7 @@ class Sample:
     objects: int
     tensors: int
     tensor_bytes: int
+    core_keys: int
 
 
 class Round:
@@ -273,6 +274,7 @@ class Soak:
             "failures": [f"{o.job.name}: {o.failure}" for o in self.ended if o.failure],
             "new files": sorted(left_files(self.server) - self.files),
             "memory": {name: _memory(name, late) for name in ("rss", "uss", "anonymous")},
+            "keys dropped from ComfyUI's cache": sum(one.core_keys for one in self.samples),
             "counts": {
                 name: [getattr(late[0], name), getattr(late[-1], name)]
                 for name in ("threads", "open_files", "tensors", "tensor_bytes", "objects")

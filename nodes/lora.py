@@ -202,7 +202,7 @@ class ChromaLoraStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, how, clip=None, lora_stack=None, **rows) -> io.NodeOutput:
-        stack = [*_stacked(lora_stack), *_chosen(rows)]
+        stack = [*stacked(lora_stack), *_chosen(rows)]
         model, clip, notes = apply_rows(model, clip, stack, how)
         out = [(row.name, row.strength, row.text_encoder) for row in stack]
         return io.NodeOutput(model, clip, out, ui=notes.tell(_node_id(cls)))
@@ -227,7 +227,7 @@ def _chosen(rows: dict[str, Any]) -> list[Row]:
     return [row for row in every if row.name != NONE]
 
 
-def _stacked(stack: Any) -> list[Row]:
+def stacked(stack: Any) -> list[Row]:
     """A stack of (name, strength on the model, on the text encoder), as other packs make them."""
     try:
         return [

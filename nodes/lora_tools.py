@@ -30,7 +30,7 @@ from .host import locate as locate_model
 from .host_lora import config_of
 from .host_report import Notes, progress_bar
 from .loading import CATEGORY
-from .lora import NONE, ROWS, Row, _stacked, locate, lora_names
+from .lora import NONE, ROWS, Row, stacked, locate, lora_names
 from .lora_tools_inputs import (
     all_true,
     check_rows,
@@ -318,7 +318,7 @@ class ChromaMergeLoraIntoCheckpoint(io.ComfyNode):
 def _chosen(stack: Any, rows: Mapping[str, Any]) -> list[Row]:
     """A stack, then the rows of the node that name a file. Raises LoraError for none."""
     own = ((rows[f"lora_{i}"], rows[f"strength_{i}"]) for i in range(1, ROWS + 1))
-    chosen = [*_stacked(stack), *(Row(name, s, s) for name, s in own if name != NONE)]
+    chosen = [*stacked(stack), *(Row(name, s, s) for name, s in own if name != NONE)]
     if not chosen:
         raise LoraError("no LoRA is chosen; choose one, or connect a LORA_STACK")
     return chosen

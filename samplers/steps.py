@@ -20,8 +20,8 @@ def check_sigmas(sigmas: Tensor) -> list[float]:
     values = [1.0 if 1 < s <= 1 + 1e-6 else float(s) for s in sigmas.tolist()]
     if not all(math.isfinite(s) and 0 <= s <= 1 for s in values):
         raise SamplingError(
-            f"sigmas from {min(values):g} to {max(values):g} are not a flow model's; expected finite "
-            "numbers from 0 to 1, so choose another scheduler, or a Chroma MODEL"
+            f"sigmas from {min(values):g} to {max(values):g} are not a flow model's; expected "
+            "finite numbers from 0 to 1, so choose another scheduler, or a Chroma MODEL"
         )
     for i, (high, low) in enumerate(pairwise(values)):
         if low > high:

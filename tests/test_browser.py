@@ -35,7 +35,7 @@ BLANK = "Comfy.NewBlankWorkflow"
 TEMPLATES = re.compile("^Tem\u00ad?plates$")  # the sidebar's button, with or without a hyphen
 PROMPT = "a flat emoji of a frog on a white background"
 NEAR = 0.8  # the zoom at which nodes show their text
-MILLISECONDS = 60_000
+MILLISECONDS = 120_000
 HELP = ROOT / "nodes" / "web" / "docs" / "ChromaTextEncode.md"
 
 NODES = "window.app.graph._nodes"
@@ -113,9 +113,7 @@ class User:
 
     def open_gallery(self) -> None:
         self.page.get_by_text(TEMPLATES).first.click()
-        pack = self.page.get_by_text(PACK, exact=True).first
-        pack.scroll_into_view_if_needed()
-        pack.click()
+        self.page.get_by_text(PACK, exact=True).first.click()
         self.page.get_by_text(SMALL, exact=True).first.wait_for()
 
     def open_template(self, name: str) -> None:
@@ -189,7 +187,7 @@ def test_the_gallery_shows_every_template_with_its_thumbnail(user):
     user.open_gallery()
     for path in UI:
         card = user.page.get_by_text(path.stem, exact=True).first
-        card.scroll_into_view_if_needed()
+        card.hover()  # scrolls to it
         with Image.open(path.with_suffix(".jpg")) as picture:
             user.wait(THUMBNAIL, [card.element_handle(), picture.size[0]])
     user.screenshot("gallery")

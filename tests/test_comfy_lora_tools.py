@@ -295,6 +295,7 @@ def cases(comfy_folders, model):
         (lora_tools.ChromaExtractLora, {"original": small.LABEL, "tuned": tuned.name, "rank": 2,
                                         "energy": 0.0}),
         (into, {"model_name": "diffusion_models/q.gguf", "to": "bf16", **chosen}),
+        (into, {"model_name": "diffusion_models/q.gguf", "to": "base", **chosen}),
         (into, {"model_name": BASE, "to": "base", **chosen}),
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ import comfy.k_diffusion.sampling
 import comfy.model_sampling
 import comfy.samplers
 from chroma_nodes import nodes as pack
-from chroma_nodes.nodes import sampling, scheduling
+from chroma_nodes.nodes import host_sampling, sampling, scheduling
 from chroma_nodes.nodes.host_model import build_model
 from comfy_extras.nodes_custom_sampler import RandomNoise, SamplerCustomAdvanced
 
@@ -150,7 +150,7 @@ def test_schedules_and_shifts_are_for_flow_models(model):
         lambda: scheduling.ChromaScheduler.execute(other, 8, "beta", 1.0, False),
         lambda: scheduling.ChromaModelShift.execute(other, "constant", 1.0, 0.5, 1.15, 64, 64),
         lambda: sampling.ChromaPreset.execute(other, "Flash"),
-        lambda: comfy.samplers.calculate_sigmas(sampling_of_others, "chroma_beta", 8),
+        lambda: host_sampling.exact("beta", sampling_of_others, 8),
     ):
         with pytest.raises(SamplingError, match="this MODEL is not a flow model; expected Chroma"):
             use()

@@ -157,3 +157,17 @@ def test_peft_on_the_text_encoder(tmp_path):
         ours = changed(before[key], [(p.adapter, 1.0, p.rows) for p in placed])
         assert not torch.equal(ours, before[key])
         torch.testing.assert_close(ours, merged[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [peft.LoHaConfig(r=4, alpha=6), peft.LoKrConfig(r=2, alpha=5)])
+def test_peft_with_other_kinds(settings, tmp_path):
+    """Their alpha, in the file beside it, has a name of its own."""
+    torch.manual_seed(0)
+    model = ChromaTransformer(CONFIG)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    tuned = peft.get_peft_model(model, dataclasses.replace(settings, target_modules=["linear1"]))
+    randomise(tuned)
+    tuned.save_pretrained(tmp_path)
+    lora = read_lora(tmp_path / "adapter_model.safetensors", CONFIG)
+    assert len(lora.transformer) == CONFIG.single_depth
+    check(lora, before, tuned.merge_and_unload().state_dict())

@@ -166,6 +166,9 @@ BAD = {
     "CLIP only": (plain("lora_te1_text_model_encoder_layers_0_mlp_fc1", (8, 8)), ["CLIP"]),
     "control": (peft("img_in", (32, 32)) | GOOD, ["control LoRA", "32 channels"]),
     "control, diffusers": (peft("transformer.x_embedder", (32, 96)), ["control LoRA"]),
+    "PEFT's VeRA": (
+        {"base_model.model.double_blocks.0.img_attn.qkv.vera_lambda_b": numbers(96),
+         "base_model.vera_A": numbers(4, 96)}, ["matches nothing", "qkv.vera_lambda_b"]),
     "whole model": ({KEY: numbers(96, 32)}, ["a Flux transformer"]),
 }  # fmt: skip
 

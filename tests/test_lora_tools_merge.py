@@ -89,6 +89,19 @@ def test_a_quantised_base_keeps_its_format_and_all_that_is_not_changed(tmp_path,
         assert out.stat().st_size == base.stat().st_size
 
 
+@pytest.mark.parametrize(("target", "to"), [("q8_0", "base"), ("fp8", "base"), ("fp8", "bf16")])
+def test_progress_rises_to_the_end(tmp_path, target, to):
+    suffix = ".gguf" if target in GGUF_TARGETS else ".safetensors"
+    base = tmp_path / f"base{suffix}"
+    quantise_file(small.TRANSFORMER, target, base)
+    seen = []
+    out = tmp_path / f"out{suffix if to == 'base' else '.safetensors'}"
+    merge_into_checkpoint(base, loras(tmp_path)[0], out, to, lambda *told: seen.append(told))
+    done = [told[0] for told in seen]
+    assert done == sorted(set(done)) and done[-1] == seen[-1][1]
+    assert {key for _, _, key in seen} >= set(KEYS)
+
+
 def test_the_files_own_bytes_are_left_alone_around_the_changed_tensors(tmp_path):
     """A GGUF's header, and every tensor that no LoRA names, byte for byte."""
     base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"

@@ -168,7 +168,7 @@ def test_a_file_the_server_does_not_have(fake, tmp_path, config):
         "rows line 1: node 3 'Save' (Save), input kind: the server has no 'model-1.safetensors', "
         "but model-1"
     )
-    assert "and 12 more" in line and "server's folder" in line and "(and 1 more errors)" in line
+    assert "and 12 more" in line and "server's folder" in line and "(and 1 more)" in line
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,18 @@ def test_a_file_the_server_does_not_have(fake, tmp_path, config):
             "Prompt has no outputs; add a SaveImage node",
         ),
         ({"error": "no prompt", "node_errors": []}, "no prompt"),
+        (
+            {
+                "node_errors": node_errors(
+                    {
+                        "type": "custom_validation_failed",
+                        "message": "Custom validation failed for node",
+                        "details": "kind - 'x - y' is not in the list",
+                    }
+                )
+            },
+            "node 3 'Save' (Save), input kind: 'x - y' is not in the list",
+        ),
         ({}, "answers 400 (Bad Request) to /prompt"),
         ({"error": {"message": "a\nb" * 500}}, "a ba b"),
         ({"node_errors": ["x"]}, "does not answer as ComfyUI does"),
@@ -237,11 +249,11 @@ def test_no_server_and_other_servers(fake, tmp_path):
 
 @pytest.mark.parametrize(
     "url",
-    "file:///etc/passwd ftp://h http:// http://h:x http://[ http://u:p@h h?q http://\u2603".split(
-        " "
-    )
-    + ["", "h/ a"],
-)
+    [
+        "", "file:///etc/passwd", "ftp://h", "http://", "http://h:x", "http://[", "http://u:p@h",
+        "h?q", "h/ a", "http://\u2603",
+    ],
+)  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(ChromaError, match="is no server; expected an address"):
         Server(url)

@@ -146,7 +146,7 @@ def merge_files(args: argparse.Namespace) -> list[str]:
     """Write a checkpoint with the LoRAs in it, or one LoRA. Raises a ChromaError."""
     loras = [(one.path, one.strength) for one in map(parse_lora, args.lora)]
     rule = _rule(args)
-    with _bar(args, "B" if args.base else "module") as progress:
+    with _bar(args, "" if args.base else "module") as progress:
         if args.base is None:
             if args.to in TARGETS:
                 raise LoraError(f"--to {args.to} is for a checkpoint; give it with --base")
@@ -201,7 +201,7 @@ def _config(args: argparse.Namespace) -> ChromaConfig | None:
 
 @contextmanager
 def _bar(args: argparse.Namespace, unit: str) -> Iterator[_Progress]:
-    with tqdm(total=1, unit=unit, unit_scale=unit == "B", disable=args.quiet) as bar:
+    with tqdm(total=1, unit=unit, unit_scale=unit == "", disable=args.quiet) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.total = total

@@ -42,9 +42,9 @@ class Settings:
 
 def read_settings(path: Path, metadata: Mapping[str, str]) -> tuple[Settings, Settings]:
     """Those of the transformer and of the text encoder. Raises LoraError if they make no sense."""
-    text = metadata.get(_KEY)
+    text, source = metadata.get(_KEY), _KEY
     if text is None and path.name == _FILE:
-        text = _sidecar(path.with_name(_SIDECAR))
+        text, source = _sidecar(path.with_name(_SIDECAR)), _SIDECAR
     if text is None:
         return Settings(), Settings()
     try:
@@ -52,7 +52,7 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> tuple[Settings, Se
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        raise LoraError(f"{path.name}: {_KEY} is not a JSON object; train or convert it again")
+        raise LoraError(f"{path.name}: {source} is not a JSON object; train or convert it again")
     packed = any("." in key for key in entries)
     try:
         if not packed:
@@ -60,7 +60,7 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> tuple[Settings, Se
         texts = {**_under(entries, "text_encoder"), **_under(entries, "text_encoder_2")}
         return _settings(_under(entries, "transformer")), _settings(texts)
     except LoraError as error:
-        raise LoraError(f"{path.name}: {error}") from None
+        raise LoraError(f"{path.name}: {source}: {error}") from None
 
 
 def _sidecar(path: Path) -> str | None:
@@ -77,7 +77,8 @@ def _under(entries: Mapping[str, Any], start: str) -> dict[str, Any]:
 
 
 def _settings(entries: Mapping[str, Any]) -> Settings:
-    alpha = entries.get("lora_alpha")
+    # LoHa and LoKr have the second one.
+    alpha = entries.get("lora_alpha", entries.get("alpha"))
     pattern = entries.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise LoraError("alpha_pattern is not a table of modules")

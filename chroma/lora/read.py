@@ -158,7 +158,9 @@ def _check_model(header: Header, found: _Sorted, config: ChromaConfig) -> None:
                     f"model's {config.in_channels}); Chroma has no input for its control picture"
                 )
     kind = identify(header.tensors)
-    if not found.groups and kind not in (Kind.UNKNOWN, Kind.LORA):
+    # Adapters of a kind that is not known carry the names of a model, but none of its weights.
+    whole = any(tensor.endswith(".weight") for tensor in header.tensors)
+    if not found.groups and whole and kind not in (Kind.UNKNOWN, Kind.LORA):
         raise LoraError(f"{name} is {kind.value}, not a LoRA; choose it where models are loaded")
     other = recognise(found.unknown, config.double_depth, config.single_depth)
     if other is not None:

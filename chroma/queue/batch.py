@@ -20,8 +20,8 @@ log = logging.getLogger("chroma")
 IN_FLIGHT = 2
 POLL_SECONDS = 0.5
 CHECK_SECONDS = 5.0
-# A restart of ComfyUI, or a network that fails for a moment.
-PATIENCE_SECONDS = 60.0
+# A restart of ComfyUI with many packs, or a network that fails for a moment.
+PATIENCE_SECONDS = 300.0
 # The server names its files; what it calls a picture must not become a program here.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".avif", ".mp4", ".webm")
 

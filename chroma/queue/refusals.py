@@ -41,7 +41,7 @@ def refusal(reply: dict[str, Any], prompt: dict[str, Any]) -> str:
     line, error = found[0]
     if advice := ADVICE.get(error.get("type", "")):
         line += f"; {advice}"
-    return line + (f" (and {len(found) - 1} more errors)" if len(found) > 1 else "")
+    return line + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
 
 
 def _complaint(error: dict[str, Any]) -> str:
@@ -54,6 +54,10 @@ def _complaint(error: dict[str, Any]) -> str:
         names = ", ".join(shown) + (f" and {more} more" if more else "")
         return one_line(f"input {info.get('input_name')}: the server has no {value!r}, but {names}")
     message, details = error.get("message", "refused"), error.get("details", "")
+    if error.get("type") == "custom_validation_failed":
+        # "input - reason", where the node has written the reason.
+        name, _, reason = str(details).partition(" - ")
+        return one_line(f"input {name}: {reason or message}")
     return one_line(f"{message}: {details}" if details and details != message else message)
 
 

@@ -86,7 +86,7 @@ def merge_into_checkpoint(
         job.to_bf16(out, _metadata(opened, files, out, keep_layout=False))
     else:
         job.check_formats()
-        job.check_room(out, job.total)
+        job.check_room(out, sum(_bytes(path) for path in _files(opened)))
         if isinstance(opened.checkpoint, GGUFCheckpoint):
             job.to_gguf(out)
         else:
@@ -106,8 +106,7 @@ class _Merge:
     ) -> None:
         self.base, self.placements, self.device = base, placements, device
         self.kept: dict[str, tuple[float, float]] = {}
-        self.total = sum(_bytes(path) for path in _files(base))
-        self._progress, self._done = progress, 0
+        self._progress, self._done, self._total = progress, 0, 0
 
     def check_room(self, out: Path, needed: int) -> None:
         free = shutil.disk_usage(out.parent).free
@@ -125,6 +124,7 @@ class _Merge:
 
     def to_bf16(self, out: Path, metadata: Mapping[str, str]) -> None:
         infos = {key: TensorInfo("BF16", self.base.shape(key)) for key in self.base.parts}
+        self._total = len(infos)
         with write_safetensors(out, infos, metadata) as writer:
             for key in self.base.parts:
                 parts = self.base.read(key).values()
@@ -133,18 +133,19 @@ class _Merge:
                 stored = after.to(torch.bfloat16)
                 self._count(key, before, after, stored.float())
                 writer.write(key, stored)
-                self._advance(sum(weight.nbytes for weight in parts), key)
+                self._advance(1, key)
 
     def to_safetensors(self, out: Path, metadata: Mapping[str, str]) -> None:
         checkpoint = self.base.checkpoint
         assert isinstance(checkpoint, SafetensorsCheckpoint)
         made: set[str] = set()
+        self._total = len(checkpoint.tensors)
         with write_safetensors(out, checkpoint.tensors, metadata) as writer:
             for key in self.placements:
                 for name, tensor in self._changed_parts(key):
                     writer.write(name, tensor)
                     made.add(name)
-                    self._advance(tensor.nbytes, key)
+                    self._advance(1, key)
             for part in checkpoint.parts:
                 for name in part.tensors:
                     if name not in made:
@@ -152,7 +153,7 @@ class _Merge:
 
     def _copy(self, writer: TensorWriter, name: str, tensor: Tensor) -> None:
         writer.write(name, tensor)
-        self._advance(tensor.nbytes, name)
+        self._advance(1, name)
 
     def to_gguf(self, out: Path) -> None:
         """A copy of the file, with the changed tensors written over: the header stays true."""
@@ -160,6 +161,9 @@ class _Merge:
         assert isinstance(checkpoint, GGUFCheckpoint)
         kind = self.base.kind
         here = {(t5_name(n) or n) if kind is Kind.T5 else n: n for n in checkpoint.header.tensors}
+        names = (here[name] for key in self.placements for name in self.base.parts[key])
+        changing = sum(checkpoint.header.tensors[name].nbytes for name in names)
+        self._total = _bytes(checkpoint.path) + changing
         with replacing(out) as file:
             with checkpoint.path.open("rb") as source:
                 while chunk := source.read(1 << 24):
@@ -172,6 +176,7 @@ class _Merge:
                     assert data.numel() == place.nbytes
                     file.seek(place.offset)
                     file.write(data.numpy().data)
+                    self._advance(place.nbytes, key)
 
     def _changed_parts(self, key: str) -> Iterator[tuple[str, Tensor]]:
         """(name in the file, what is written there) of a parameter's parts and their scales."""
@@ -220,9 +225,9 @@ class _Merge:
         self.kept[key] = product, power
 
     def _advance(self, size: int, name: str) -> None:
-        self._done = min(self._done + size, self.total)
+        self._done += size
         if self._progress is not None:
-            self._progress(self._done, self.total, name)
+            self._progress(self._done, self._total, name)
 
 
 def _read(path: Path, base: Base, config: ChromaConfig | None) -> LoraFile:
