@@ -107,7 +107,7 @@ class Round:
         from websockets.sync.client import connect
 
         url = f"ws://127.0.0.1:{self.server.port}/ws?clientId={self.client}"
-        with connect(url, max_size=None) as socket:
+        with connect(url, max_size=None, ping_interval=None) as socket:
             for number, job in enumerate(self.jobs):
                 self._post(job, f"refused-{number}")
             while any(one.kind is None for one in self.ended.values()):

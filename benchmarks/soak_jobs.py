@@ -215,6 +215,7 @@ class Maker:
             parts += [settings.sampler, settings.scheduler]
         if extras.image is None:
             parts.append(f"{width} x {height}")
+        parts.append(f"seed {settings.seed}")
         return Job(Kind.PICTURE, ", ".join(parts), graph)
 
     def interrupted(self) -> Job:

@@ -74,18 +74,23 @@ def sample_flow_pec(
         known = [*known, (s[i], f)][-3:]
         ratio = slope_ratio(known) if len(known) == 3 else x.new_zeros(len(x))
         x = _correct(predicted, base, known, weigh, ratio)
-        if s[i + 1] == 0:
-            x = predicted = denoised + (x - predicted)
-            continue
-        base = x
-        if noise is not None:
+        base, ends = x, s[i + 1] == 0
+        if noise is not None and not ends:
             step_rate = min(rate, MOST_DECAY / (half_log_snr(s[i + 1]) - half_log_snr(s[i])))
             weigh = partial(stochastic_adams, rate=step_rate)
             keep, _, spread = sde_step(s[i], s[i + 1], step_rate)
             base = keep * x + spread * s_noise * noise(s[i], s[i + 1])
             # Fresh noise alone makes slopes differ.
             ratio = ratio + min(1.0, eta) / 2 * (1 - ratio)
-        predicted = _predict(base, known, s[i + 1], weigh, order, kappa, van_leer(ratio))
+        if ends:
+            plain = denoised + (x - predicted)
+        else:
+            plain = advance(base, known[-1:], weigh([s[i]], s[i], s[i + 1]))
+        predicted = plain
+        # With noise, the formulas are in log-SNR, which has no end.
+        if not (ends and rate):
+            share = van_leer(ratio)
+            predicted = _predict(plain, base, known, s[i + 1], weigh, order, kappa, share)
     return predicted
 
 
@@ -113,10 +118,17 @@ def _correct(predicted: Tensor, base: Tensor, known: Known, weigh: Weigh, ratio:
 
 
 def _predict(
-    base: Tensor, known: Known, end: float, weigh: Weigh, order: int, kappa: float, share: Tensor
+    plain: Tensor,
+    base: Tensor,
+    known: Known,
+    end: float,
+    weigh: Weigh,
+    order: int,
+    kappa: float,
+    share: Tensor,
 ) -> Tensor:
     """The step from `base` to `end`: between Euler's, at share 0 (B,), and the full formula."""
-    start = known[-1][0]
-    plain = advance(base, known[-1:], weigh([start], start, end))
     used, weights = predictor(known, end, weigh, order, kappa)
+    if len(used) == 1:
+        return plain
     return plain + rows(share, base) * (advance(base, used, weights) - plain)

@@ -69,7 +69,7 @@ def test_a_velocity_straight_in_sigma_is_exact():
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_corrected_steps_are_exact_for_quadratic_velocities(order):
-    sigmas = [1.0, 0.93, 0.7, 0.55, 0.3, 0.1, 0.0]
+    sigmas = [1.0, 0.93, 0.7, 0.55, 0.3, 0.1, 0.05]
 
     def v(s, _=None):
         return 3 * s**2 + 4 * s + 1
@@ -77,10 +77,21 @@ def test_corrected_steps_are_exact_for_quadratic_velocities(order):
     def integral(s):
         return s**3 + 2 * s**2 + s
 
-    # The first step knows two velocities, the last one its start alone.
-    first = (0.93 - 1.0) * (v(1.0) + v(0.93)) / 2
-    expected = first + integral(0.1) - integral(0.93) - 0.1 * v(0.1)
-    assert one(v, sigmas, order=order) == pytest.approx(expected, abs=1e-12)
+    end = one(v, sigmas, order=order)
+    # The first step knows two velocities, all others three.
+    corrected = (0.93 - 1.0) * (v(1.0) + v(0.93)) / 2 + integral(0.1) - integral(0.93)
+    known = [(s, torch.full((1, 1), v(s)).double()) for s in (0.55, 0.3, 0.1)]
+    share = float(van_leer(slope_ratio(known)))
+    used, weights = predictor(known, 0.05, quadrature, order, {2: 2.6, 3: 4.0}[order])
+    formula = sum(w * float(f) for w, (_, f) in zip(weights, used, strict=True))
+    plain = (0.05 - 0.1) * v(0.1)
+    assert end == pytest.approx(corrected + plain + share * (formula - plain), abs=1e-12)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_step_to_0_follows_the_velocitys_slope(order):
+    sigmas = [1.0, 0.93, 0.7, 0.55, 0.3, 0.2, 0.0]
+    assert one(lambda s, _: 2 * s - 1, sigmas, order=order) == pytest.approx(0, abs=1e-12)
 
 
 def test_the_third_order_predictor_is_exact_for_quadratic_velocities():

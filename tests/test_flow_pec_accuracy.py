@@ -34,7 +34,7 @@ def mean_error(name, evaluations):
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_order_of_convergence_from_sigma_1_to_0(order):
-    """Second order: the first step, which knows one velocity alone, and the last one are Euler's."""
+    """Second order: the last step, to 0, is Euler's."""
     flow = gaussian_flow()
     found = [
         flow.error(run("flow_pec", flow, get_sigmas("simple", n), order=order, kappa=9.0))
