@@ -24,7 +24,10 @@ PACKAGES = (
     "triton", "comfy-kitchen", "sageattention", "xformers",
 )  # fmt: skip
 # Each version of ComfyUI writes its own into this file.
-_COMFY_VERSION, _VERSION_LINE = "comfyui_version.py", re.compile(r"__version__\s*=\s*['\"]([\w.+-]+)")
+_COMFY_VERSION, _VERSION_LINE = (
+    "comfyui_version.py",
+    re.compile(r"__version__\s*=\s*['\"]([\w.+-]+)"),
+)
 _FLAGS = {"avx2": "AVX2", "avx512f": "AVX512", "avx512_bf16": "AVX512-BF16",
           "avx512_vnni": "VNNI", "amx_bf16": "AMX-BF16", "amx_int8": "AMX-INT8",
           "asimd": "NEON", "bf16": "Arm BF16", "i8mm": "Arm I8MM"}  # fmt: skip
@@ -139,7 +142,9 @@ def _formats(device: torch.device) -> dict[str, str]:
     }  # fmt: skip
     kernels = available(device)
     for kind in EIGHT_BIT:
-        there, name = (kernels.int8, "int8") if kind == "int8" else (kernels.fp8_matmul, "fp8_matmul")
+        there, name = (
+            (kernels.int8, "int8") if kind == "int8" else (kernels.fp8_matmul, "fp8_matmul")
+        )
         verdict = "fast" if there else "not possible here"
         told[f"products in {kind} (weight_dtype {kind})"] = f"{verdict}: {kernels.reasons[name]}"
     return told

@@ -1,6 +1,6 @@
 """Settings that belong together, as the model's author recommends them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import ChromaConfig
 from .tiny import files as small
@@ -23,7 +23,13 @@ class Preset:
 BASE = Preset(steps=26, cfg=4.0, sampler="flow_pec")
 # Chroma1-Flash has its guidance baked in: cfg 1, and half the cost of a step.
 FLASH = Preset(steps=8, cfg=1.0, sampler="flash")
-PRESETS: dict[str, Preset] = {"Base / HD": BASE, "Flash": FLASH}
+PRESETS: dict[str, Preset] = {
+    "Base / HD": BASE,
+    # With flow_pec nearer to the converged picture than the other samplers are after 26 steps.
+    "Base / HD, 16 steps": replace(BASE, steps=16),
+    "Flash": FLASH,
+    "Flash, 16 steps": replace(FLASH, steps=16),
+}
 
 
 def own_size(config: ChromaConfig) -> int:

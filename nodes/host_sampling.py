@@ -76,15 +76,23 @@ def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> Model
 class BatchNoise:
     """A NOISE in which row i of a batch has the noise of the seed plus i.
 
-    ComfyUI hands `seed` on to the sampler.
+    ComfyUI hands `seed` on to the sampler, after `generate_noise`.
     """
 
     def __init__(self, seed: int) -> None:
+        self._first = seed
         self.seed = RowSeeds.counting(seed)
 
     def generate_noise(self, latent: dict[str, Any]) -> Tensor:
-        """Noise like the latent's samples (B, C, h, w), in their dtype, on the CPU."""
+        """Noise like the latent's samples (B, C, h, w), in their dtype, on the CPU.
+
+        A part of a batch (LatentFromBatch) has the seeds that it has in the whole.
+        """
         samples = latent["samples"]
+        if (rows := latent.get("batch_index")) is not None:
+            self.seed = RowSeeds.of([self._first + i for i in rows])
+        else:
+            self.seed = RowSeeds.counting(self._first)
         return make_noise(samples.shape, self.seed).to(samples.dtype)
 
 

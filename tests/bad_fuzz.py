@@ -30,7 +30,8 @@ JSON = st.recursive(
     max_leaves=20,
 )
 _NAMES = st.sampled_from((
-    "double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale", "img_in.weight",
+    "double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale",
+    "img_in.weight",
     "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "x.lora_A.weight",
     "decoder.conv_in.weight", "scaled_fp8", "a.comfy_quant", "__metadata__",
 )) | LETTERS  # fmt: skip

@@ -75,7 +75,9 @@ def run_surface(surface: str) -> tuple[list[Outcome], bool]:
     limit = 60 + SECONDS * len(cases(surface))
     told = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     if told.returncode:
-        raise RuntimeError(f"{surface}: the process died\n{told.stdout[-500:]}{told.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{surface}: the process died\n{told.stdout[-500:]}{told.stderr[-3000:]}"
+        )
     *outcomes, last = map(json.loads, told.stdout.splitlines())
     return [Outcome(**one) for one in outcomes], last["same"]
 

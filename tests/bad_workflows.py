@@ -294,8 +294,16 @@ PROMPTS = (
 )  # fmt: skip
 
 # (node, input) of every file that a workflow can name without ComfyUI, and what else it needs.
-_LORA = {"class_type": "ChromaLoadLora", "inputs": {
-    "model": ["1", 0], "strength": 1.0, "text_encoder_strength": 1.0, "how": "auto", "blocks": ""}}
+_LORA = {
+    "class_type": "ChromaLoadLora",
+    "inputs": {
+        "model": ["1", 0],
+        "strength": 1.0,
+        "text_encoder_strength": 1.0,
+        "how": "auto",
+        "blocks": "",
+    },
+}
 _STACK = {"class_type": "ChromaLoraStack", "inputs": {"model": ["1", 0]}}
 _PLACES: dict[str, Callable[[str], Graph]] = {
     "model": lambda name: with_inputs("ChromaLoadModel", model_name=name),

@@ -24,6 +24,8 @@ from chroma_nodes.nodes import host_sampling, sampling, scheduling
 from chroma_nodes.nodes.host_model import build_model
 from comfy_extras.nodes_custom_sampler import RandomNoise, SamplerCustomAdvanced
 
+import nodes
+
 SIGMAS = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0])
 OURS = [node for node in pack.NODES if node.__name__ in REGISTRY]
 NOISY = [name for name, sampler in SAMPLERS.items() if takes(sampler, "eta")]
@@ -108,6 +110,16 @@ def test_each_picture_of_a_batch_is_that_of_its_seed_alone(model, name):
     for seed, one in zip((2**64 - 2, 2**64 - 1, 0), together, strict=True):
         close(one[None], picture(model, noise_of(seed), sampler, 1))
     assert float((together[0] - together[1]).abs().mean()) > 0.05
+
+
+def test_a_part_of_a_batch_keeps_its_seeds():
+    noise = result(sampling.ChromaBatchNoise.execute(7))
+    whole = {"samples": torch.zeros(4, 16, 4, 4)}
+    drawn = noise.generate_noise(whole)
+    (part,) = nodes.LatentFromBatch().frombatch(whole, 1, 2)
+    assert torch.equal(noise.generate_noise(part), drawn[1:3])
+    assert noise.seed.take(2) == [8, 9]
+    assert torch.equal(noise.generate_noise(whole), drawn) and noise.seed.take(2) == [7, 8]
 
 
 def test_seeds_of_a_batch_with_a_mask(model):

@@ -4,7 +4,9 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, LoraError
+from ..lora.read import read_lora
+from ..lora.report import report, trigger_words
 from .container import Checkpoint, open_checkpoint
 from .identify import Kind, identify
 from .read import configure
@@ -19,7 +21,21 @@ _LOADERS = {
     Kind.T5: ("Load Chroma Text Encoder", "models/text_encoders"),
     Kind.AUTOENCODER: ("Load Chroma VAE", "models/vae"),
     Kind.AUTOENCODER_DIFFUSERS: ("Load Chroma VAE", "models/vae"),
-    Kind.LORA: ("ComfyUI's Load LoRA", "models/loras"),
+    Kind.LORA: ("Load Chroma LoRA", "models/loras"),
+}
+_T5_AND_VAE = "a T5-XXL text encoder and the autoencoder of Flux (ae.safetensors)"
+_ELSEWHERE = "workflows and nodes of its own model; it does not fit Chroma"
+# What a kind of file needs beside it; what is not here belongs to another model.
+_NEEDS = {
+    Kind.CHROMA: _T5_AND_VAE,
+    Kind.CHROMA_DIFFUSERS: _T5_AND_VAE,
+    Kind.RADIANCE: "a T5-XXL text encoder and no autoencoder, as it paints pixels; load it with "
+    "ComfyUI's Load Diffusion Model",
+    Kind.T5: "a Chroma transformer",
+    Kind.AUTOENCODER: "a Chroma transformer and a T5-XXL text encoder",
+    Kind.AUTOENCODER_DIFFUSERS: "a Chroma transformer and a T5-XXL text encoder",
+    Kind.LORA: "the model that it was trained for",
+    Kind.UNKNOWN: "another program; nothing here knows it",
 }
 _FP8 = ("F8_E4M3", "F8_E5M2", "I8")
 
@@ -36,7 +52,11 @@ class FormatShare:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_file` found. `sizes` are widths and depths by name, where they are known."""
+    """What `inspect_file` found. `sizes` are widths and depths by name, where they are known.
+
+    needs: what is to be used with the file. lora: lines on what a LoRA changes in Chroma1, or why
+    nothing.
+    """
 
     file: str
     kind: str
@@ -48,6 +68,8 @@ class Inspection:
     metadata: dict[str, str]
     loader: str | None
     folder: str | None
+    needs: str
+    lora: tuple[str, ...]
 
 
 def inspect_file(path: Path) -> Inspection:
@@ -75,7 +97,25 @@ def inspect_file(path: Path) -> Inspection:
         {key: text for key, text in checkpoint.metadata.items() if len(text) <= 200},
         loader,
         folder,
+        _NEEDS.get(kind, _ELSEWHERE),
+        _lora_lines(checkpoint) if kind is Kind.LORA else (),
     )
+
+
+def _lora_lines(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the file changes and says of itself, or the reason why it does not fit Chroma1."""
+    try:
+        found = report(read_lora(checkpoint.path))
+    except LoraError as error:
+        words = trigger_words(checkpoint.metadata)
+        told = [str(error)]
+    else:
+        words, told = found.trigger_words, [found.line()]
+        if found.base_model:
+            told.append(f"made for: {found.base_model}")
+    if words:
+        told.append(f"trigger words: {', '.join(words)}")
+    return tuple(" ".join(line.split()) for line in told)
 
 
 def _layer_formats(checkpoint: Checkpoint) -> dict[str, str]:
@@ -122,4 +162,5 @@ def describe(found: Inspection) -> list[str]:
             f"{share.bytes / 1e9:.3f} GB"
         )
     loaded = f"{found.loader}, from {found.folder}" if found.loader else "nothing here"
-    return [*lines, f"  loaded by: {loaded}"]
+    lines += [f"  {line}" for line in found.lora]
+    return [*lines, f"  loaded by: {loaded}", f"  needs: {found.needs}"]
