@@ -63,7 +63,7 @@ def adapter_of(state: dict, **options) -> kinds.Adapter:
     magnitude = state.get("dora_scale")
     if magnitude is not None:
         adapter = kinds.DoRA(adapter, magnitude, per_row=magnitude.shape[0] != 1)
-    adapter.check(SHAPE)
+    adapter.fit(SHAPE)
     return adapter
 
 
@@ -149,7 +149,7 @@ def test_lycoris_full_and_norm():
     for change, own, merged in zip(
         changes, (layer.weight, layer.bias), norm.get_merged_weight(0.6), strict=True
     ):
-        change.check((K,))
+        change.fit((K,))
         torch.testing.assert_close(change.change(own.detach(), 0.6), merged.detach())
 
 
@@ -157,7 +157,7 @@ def test_lycoris_full_and_norm():
 def test_lycoris_ia3(on_input):
     module, state = lycoris("IA3Module", train_on_input=on_input)
     adapter = kinds.IA3(state["weight"], bool(state["on_input"]))
-    adapter.check(SHAPE)
+    adapter.fit(SHAPE)
     assert_equal(adapter.change(base(), 0.6), effective(module, 0.6), base())
 
 
@@ -184,7 +184,7 @@ def test_peft_lora(stabilised, decomposed):
     adapter = kinds.LowRank(down, up, None, 6.0, rank_stabilised=stabilised)
     if decomposed:
         adapter = kinds.DoRA(adapter, state["lora_magnitude_vector"], per_row=True)
-    adapter.check(SHAPE)
+    adapter.fit(SHAPE)
     assert_equal(adapter.change(base(), 1.0), merged, base())
 
 
@@ -216,7 +216,7 @@ def test_peft_oft(neumann, shared):
         scale=0.1,
     )
     adapter = kinds.OFTv2(state["oft_R.weight"], neumann)
-    adapter.check(SHAPE)
+    adapter.fit(SHAPE)
     assert_equal(adapter.change(base(), 1.0), merged, base())
 
 

@@ -32,8 +32,8 @@ def relative_name(name: str) -> PurePosixPath:
     named = bool(stem.split("/")[-1].strip(". "))
     if not (stays and fits and whole and named and _FORBIDDEN.isdisjoint(name)):
         raise CheckpointError(
-            f"{name[:80]!r} is no name for a new file; expected one inside the models folder, such as "
-            "Chroma1-HD-q8_0, without .., drive or leading /"
+            f"{name[:80]!r} is no name for a new file; expected one inside the models folder, "
+            "such as Chroma1-HD-q8_0, without .., drive or leading /"
         )
     return path
 
@@ -49,7 +49,8 @@ def new_file(folder: Path, name: str, target: str) -> Path:
     whole = folder / path
     if not whole.parent.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(
-            f"{name!r} leads out of {folder.name} by a link in it; expected a name that stays inside"
+            f"{name!r} leads out of {folder.name} by a link in it; expected a name that stays "
+            "inside"
         )
     file, number = whole.with_name(path.name + suffix), 1
     # Another program may be writing <file>.part right now; see atomic.py.
