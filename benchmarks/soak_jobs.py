@@ -73,6 +73,8 @@ FORMATS = {
     "products in int8": Format(small.LABEL, "int8"),
     "Q8_0 expanded": Format("q8_0.gguf", "bf16"),
 }
+# A copy, so that what ComfyUI keeps of other jobs' models is not there after a reference job.
+REFERENCE = Format("reference.safetensors", "bf16")
 # {name: (how, files with their strengths)}
 LORAS = {
     "no LoRA": ("auto", {}),
@@ -108,6 +110,7 @@ def make_files(models: Path) -> None:
         quantise_file(small.TRANSFORMER, target, transformers / name)
     quantise_file(small.TEXT_ENCODER, "q8_0", folders["text_encoders"] / "t5-q8_0.gguf")
     (folders["text_encoders"] / "tokenizer.json").write_bytes(small.TOKENIZER.read_bytes())
+    (transformers / REFERENCE.model).write_bytes(small.TRANSFORMER.read_bytes())
     weights = {k: w for k, w in load_file(small.TRANSFORMER).items() if _in_blocks(k, w)}
     for seed in range(3):
         write_lora(folders["loras"] / f"{seed}.safetensors", weights, rank=4, seed=seed)
@@ -236,14 +239,14 @@ def _graph(settings: Settings, extras: Extras, form: Format) -> Graph:
     return text_to_image(prompts, NEGATIVE, settings, names, form.dtype, extras)
 
 
-def plain(seed: int = 1) -> Graph:
+def plain(form: Format = FORMATS["bf16"]) -> Graph:
     """The smallest good graph, of which bad ones are made."""
-    settings = Settings(width=64, height=64, steps=2, seed=seed, sampler="euler")
-    return _graph(settings, Extras(), FORMATS["bf16"])
+    settings = Settings(width=64, height=64, steps=2, seed=1, sampler="euler")
+    return _graph(settings, Extras(), form)
 
 
 def reference() -> Job:
-    return Job(Kind.PICTURE, "reference", plain())
+    return Job(Kind.PICTURE, "reference", plain(REFERENCE))
 
 
 def _changed(kind: str, **inputs: Any) -> Graph:
@@ -324,7 +327,7 @@ def _in_turns(*decks: Iterator[Job]) -> Iterator[Job]:
 
 
 def _cancelled() -> Job:
-    return Job(Kind.CANCELLED, "behind an interrupted run", plain(seed=2))
+    return Job(Kind.CANCELLED, "behind an interrupted run", plain())
 
 
 def _named(job: Job, number: int) -> Job:

@@ -36,7 +36,7 @@ async def collect(_: web.Request) -> web.Response:
 def forget_stale_keys(cache: Any) -> int:
     """How many keys were dropped that ComfyUI's RAMPressureCache keeps for ever.
 
-    It marks every node of a prompt as used and forgets only those that got a result: each run that
+    It marks every node of a prompt as used, and forgets only those that got a result: each run that
     is interrupted or fails leaves the keys of the nodes that did not run, some 100 kB.
     """
     if type(cache).__name__ != "RAMPressureCache":
@@ -44,4 +44,5 @@ def forget_stale_keys(cache: Any) -> int:
     stale = cache.used_generation.keys() - cache.cache.keys()
     for key in stale:
         del cache.used_generation[key]
+        cache.timestamps.pop(key, None)
     return len(stale)

@@ -1,10 +1,11 @@
-"""The command line: `chroma-nodes generate`, `run`, `quantize`, `inspect`, `lora`, `queue`."""
+"""The command line: generate, run, queue; quantize, inspect, lora; doctor."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Sequence
 
+from .cli_doctor import add_doctor_command
 from .cli_files import add_file_commands
 from .cli_generate import add_generate_command
 from .cli_queue import add_queue_command
@@ -18,7 +19,7 @@ INTERRUPTED = 130
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="chroma-nodes", description="Chroma text-to-image without ComfyUI."
+        prog="chroma-nodes", description="Chroma text-to-image, and its files."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     computing = [add(commands) for add in (add_generate_command, add_run_command)]
@@ -27,6 +28,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--quiet", action="store_true", help="no progress bar")
     add_lora_commands(commands)
     add_queue_command(commands)
+    add_doctor_command(commands)
     return parser.parse_args(arguments)
 
 

@@ -8,6 +8,7 @@ from . import (
     guiding,
     host,
     host_sampling,
+    inspecting,
     loading,
     lora,
     lora_tools,
@@ -18,6 +19,7 @@ from . import (
     scheduling,
     simple,
 )
+from .host_memory import tells_out_of_memory
 
 NODES: list[type[io.ComfyNode]] = [
     simple.ChromaLoad,
@@ -64,6 +66,7 @@ NODES: list[type[io.ComfyNode]] = [
     nag.ChromaNAG,
     caching.ChromaBlockCache,
     quantizing.ChromaQuantize,
+    inspecting.ChromaInspect,
 ]
 
 
@@ -73,4 +76,4 @@ class ChromaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_small_model()
         host_sampling.register()
-        return NODES
+        return [tells_out_of_memory(node) for node in NODES]

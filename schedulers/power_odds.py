@@ -18,7 +18,7 @@ def _curve(steps: int, p: float, a: float) -> np.ndarray:
     return apply_shift((1 - np.arange(check_steps(steps) + 1) / steps) ** p, a)
 
 
-def power_odds_sigmas(steps: int, *, shift: float = 1.0, p: float = 2.0, a: float = 16.0) -> Tensor:
+def power_odds_sigmas(steps: int, *, shift: float = 1.0, p: float = 2.0, a: float = 4.0) -> Tensor:
     """steps + 1 sigmas, fp32, at even times from 1 to 0, shifted: the odds grow by a and by shift.
 
     A shift s with a is the same as no shift with s a.
@@ -27,7 +27,7 @@ def power_odds_sigmas(steps: int, *, shift: float = 1.0, p: float = 2.0, a: floa
 
 
 def power_odds_sigmas_compat(
-    steps: int, table: Tensor, *, p: float = 2.0, a: float = 16.0
+    steps: int, table: Tensor, *, p: float = 2.0, a: float = 4.0
 ) -> Tensor:
     """The exact sigmas at the table's shift: no other program has this schedule to agree with."""
     return torch.from_numpy(apply_shift(_curve(steps, p, a), table_shift(table))).float()

@@ -53,11 +53,11 @@ def adapter(lora, key=KEY):
     [
         (torch.tensor(2.0), 0.5), (torch.tensor([2.0]), 0.5), (torch.tensor(2), 0.5),
         (torch.tensor(2.0).bfloat16(), 0.5), (torch.tensor(-2.0), -0.5),
-        (torch.tensor(0.0), 1.0), (None, 1.0),
+        (None, 1.0),
     ],
 )  # fmt: skip
 def test_alpha(alpha, scale, read):
-    """alpha / r; missing or 0 it is the rank, as sd-scripts has it."""
+    """alpha / r; missing, it is the rank."""
     state = GOOD if alpha is None else {**GOOD, f"{QKV}.alpha": alpha}
     assert adapter(read(state)).scale == scale
 
@@ -139,6 +139,7 @@ BAD = {
     "NaN of the text encoder": (
         {n: t * nan for n, t in plain(f"{T5}_k", (12, 24)).items()}, [f"{T5}_k", "NaN"]),
     "alpha NaN": ({**GOOD, f"{QKV}.alpha": torch.tensor(nan)}, [QKV, "alpha is nan"]),
+    "alpha 0": ({**GOOD, f"{QKV}.alpha": torch.tensor(0.0)}, [QKV, "alpha is 0", "its rank"]),
     "alpha of many": ({**GOOD, f"{QKV}.alpha": torch.ones(2)}, ["alpha", "expected one number"]),
     "ranks differ": ({**GOOD, f"{QKV}.lora_up.weight": numbers(96, 5)}, [QKV, "rank 4", "5 in up"]),
     "wide": (plain(QKV, (96, 33)), [QKV, "(4, 33)", "expected (4, 32)", "other sizes"]),

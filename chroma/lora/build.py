@@ -49,7 +49,7 @@ def build(parts: Parts, settings: Settings, module: str) -> tuple[list[Change], 
     """(what the tensors of one module change, which of them nothing here understands).
 
     parts: {what it is, as `spelling` calls it: tensor}. module: its name in the file, for alpha's
-    patterns. Raises LoraError if a tensor is missing or alpha is not a number.
+    patterns. Raises LoraError if a tensor is missing or alpha is 0 or no number.
     """
     alpha = _alpha(parts["alpha"]) if "alpha" in parts else settings.alpha_of(module)
     changes: list[Change] = []
@@ -57,8 +57,9 @@ def build(parts: Parts, settings: Settings, module: str) -> tuple[list[Change], 
     for kind in (*_KINDS, *_lokr_kinds(parts)):
         if not _complete(kind, parts):
             continue
-        # An alpha of 0 stands for the rank, as in sd-scripts.
-        adapter = kind.make(parts, alpha or None, settings)
+        adapter = kind.make(parts, alpha, settings)
+        if getattr(adapter, "scale", 1) == 0:
+            raise LoraError("alpha is 0, with which it changes nothing; expected usually its rank")
         used |= {*kind.needed, *kind.optional, "alpha"}
         if "up_bias" in parts and isinstance(adapter, LowRank):
             bias = Diff(adapter.scale * parts["up_bias"].to(torch.float32))

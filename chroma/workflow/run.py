@@ -18,6 +18,7 @@ from . import (
     nodes_chroma,
     nodes_core,
     nodes_guidance,
+    nodes_inspecting,
     nodes_lora,
     nodes_nag,
     nodes_prompt,
@@ -31,7 +32,7 @@ from .values import Context
 
 _PARTS = (
     nodes_chroma, nodes_lora, nodes_sampling, nodes_guidance, nodes_nag, nodes_caching, nodes_core,
-    nodes_simple, nodes_prompt,
+    nodes_simple, nodes_prompt, nodes_inspecting,
 )  # fmt: skip
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
