@@ -30,7 +30,7 @@ from .host import locate as locate_model
 from .host_lora import config_of
 from .host_report import Notes, progress_bar
 from .loading import CATEGORY
-from .lora import NONE, ROWS, Row, stacked, locate, lora_names
+from .lora import NONE, ROWS, Row, locate, lora_names, stacked
 from .lora_tools_inputs import (
     all_true,
     check_rows,
