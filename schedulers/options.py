@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[Option, ...]] = {
         ),
         Option(
             "a", 4.0, 0.01, 100.0,
-            "Larger spends more steps at high noise. Best was 4 on a trained model, 8 on known flows.",
+            "Larger spends more steps at high noise. Best: 4 on a trained model, 8 on known flows.",
         ),
     ),
     "bong_tangent": (

@@ -114,11 +114,15 @@ class User:
     def open_gallery(self) -> None:
         self.page.get_by_text(TEMPLATES).first.click()
         self.page.get_by_text(PACK, exact=True).first.click()
-        self.page.get_by_text(SMALL, exact=True).first.wait_for()
+        self.card(SMALL).wait_for()
+
+    def card(self, name: str):
+        """The name of a template in the gallery; the tabs behind it may have the same."""
+        return self.page.get_by_role("dialog").get_by_text(name, exact=True).first
 
     def open_template(self, name: str) -> None:
         self.open_gallery()
-        self.page.get_by_text(name, exact=True).first.click()
+        self.card(name).click()
         # A window may tell of models that are missing.
         self.wait(f"() => {NODES}.length === {len(load_ui(name)['nodes'])}")
 
@@ -186,7 +190,7 @@ def plain(text):
 def test_the_gallery_shows_every_template_with_its_thumbnail(user):
     user.open_gallery()
     for path in UI:
-        card = user.page.get_by_text(path.stem, exact=True).first
+        card = user.card(path.stem)
         card.hover()  # scrolls to it
         with Image.open(path.with_suffix(".jpg")) as picture:
             user.wait(THUMBNAIL, [card.element_handle(), picture.size[0]])

@@ -9,8 +9,10 @@ from ..errors import LoraError
 # The transformer's parts: both kinds of blocks by number, and what is outside of them.
 DOUBLE, SINGLE, OTHER = "double", "single", "other"
 _MODULE = re.compile(r"(double|single)_blocks\.(\d+)\.")
+# No model has blocks of more digits, and Python refuses numbers of thousands.
+_NUMBER = r"\d{1,6}"
 _ITEM = re.compile(
-    rf"({DOUBLE}|{SINGLE}|{OTHER})((?:\s+\d{1, 6}(?:\s*-\s*\d{1, 6})?)*)\s*:\s*(\S+)", re.I
+    rf"({DOUBLE}|{SINGLE}|{OTHER})((?:\s+{_NUMBER}(?:\s*-\s*{_NUMBER})?)*)\s*:\s*(\S+)", re.I
 )
 _RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 EXAMPLE = "'double 0-9: 0.5, single: 1'"
