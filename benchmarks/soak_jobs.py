@@ -295,7 +295,7 @@ def failing() -> list[Job]:
             with_loras(plain(), "auto", {"too-wide": 1.0}), "too-wide.safetensors"
         ),
         "block that is not there": (
-            with_loras(plain(), "auto", {"0": 1.0}, blocks="double 90: 0.5"), "90"
+            with_loras(plain(), "auto", {"0": 1.0}, blocks="double 18: 0.5"), "18"
         ),
         "schedule too long": (_changed("ChromaBetaScheduler", denoise=1e-5), "denoise"),
     }  # fmt: skip

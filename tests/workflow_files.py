@@ -8,7 +8,6 @@ from typing import Any
 
 from chroma_nodes.chroma.checkpoint.quantise import quantise_file
 from chroma_nodes.chroma.tiny import files as small
-from chroma_nodes.chroma.workflow import REGISTRY, nodes_scaling
 from lora_files import write_lora
 from safetensors.torch import load_file
 
@@ -20,7 +19,6 @@ INPUTS = ROOT / "workflows" / "api" / "inputs"
 FILE_INPUTS = ("model_name", "text_encoder_name", "vae_name")
 GGUF = ".gguf"
 LORA_STRENGTH = 0.05
-REGISTRY.update({node.id: node for node in nodes_scaling.NODES})
 
 
 def load(path: Path) -> dict[str, Any]:

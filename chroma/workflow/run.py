@@ -23,6 +23,7 @@ from . import (
     nodes_nag,
     nodes_prompt,
     nodes_sampling,
+    nodes_scaling,
     nodes_simple,
 )
 from .graph import Link, Node, Prompt, check, check_format, label
@@ -32,7 +33,7 @@ from .values import Context
 
 _PARTS = (
     nodes_chroma, nodes_lora, nodes_sampling, nodes_guidance, nodes_nag, nodes_caching, nodes_core,
-    nodes_simple, nodes_prompt, nodes_inspecting,
+    nodes_simple, nodes_prompt, nodes_inspecting, nodes_scaling,
 )  # fmt: skip
 REGISTRY: Registry = {node.id: node for part in _PARTS for node in part.NODES}
 
