@@ -5,10 +5,10 @@
 Runs on the CPU with the small model in several formats, with LoRAs, interrupts, cancelled jobs and
 bad requests (soak_jobs.py). Rounds of jobs are queued at once; each ends with the same reference
 job, after which the server's memory, threads and open files are measured. The first half of the
-run is warm-up. Over the second half the peaks of resident and anonymous memory may not grow by
-GROWTH (line of least squares); USS is told only, since it falls and rises with other processes that
-have the same libraries open. Pictures of a seed must be equal bit by bit, every job must end as it is meant to,
-no file, thread or open file may be left over. Exits with 1 otherwise.
+run is warm-up. Every job must end as it is meant to; pictures of a seed must be equal bit by bit;
+no file, thread or open file may be left over; peaks of resident and anonymous memory may not grow
+by GROWTH over the second half (line of least squares). USS is told only: it falls and rises with
+other processes that have the same libraries open. Exits with 1 if anything is wrong.
 """
 
 import argparse

@@ -173,11 +173,12 @@ def test_numbers_that_would_blacken_the_picture_are_text(number):
     assert parse_weights(f"(red:{number})") == [(f"red:{number}", pytest.approx(1.1))]
 
 
-def test_deep_nesting_is_no_recursion_error():
-    depth = sys.getrecursionlimit() + 100
-    ((text, weight),) = parse_weights("(" * depth + "red" + ")" * depth)
-    assert text == "red"
-    assert math.log(weight) == pytest.approx(depth * math.log(1.1))
+def test_nesting_has_an_end():
+    """Behind a hundred levels parentheses are text: each would read the whole prompt again."""
+    for depth, left in ((100, 0), (sys.getrecursionlimit(), sys.getrecursionlimit() - 100)):
+        ((text, weight),) = parse_weights("(" * depth + "red" + ")" * depth)
+        assert text == "(" * left + "red" + ")" * left
+        assert math.log(weight) == pytest.approx(100 * math.log(1.1))
 
 
 def test_equals_comfyui():

@@ -3,6 +3,8 @@ r"""The prompt weighting syntax of ComfyUI: `(word)`, `((word))`, `(word:1.2)`, 
 import math
 
 PARENTHESES = 1.1
+# 1.1 to this power is 13,780; each further level would read the whole prompt once more.
+MOST_NESTED = 100
 
 # Stand-ins for escaped parentheses while the others are matched; nobody can type them.
 _ESCAPES = ((r"\(", "\x01", "("), (r"\)", "\x02", ")"))
@@ -14,17 +16,18 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
     Every pair of parentheses multiplies the weight by 1.1; a number behind the pair's last colon
     replaces it, whatever surrounds the pair: `((a:1.2))` weighs 1.2, `((a) b:1.5)` weighs 1.65
     and 1.5. `\(` and `\)` are plain characters, and so are parentheses without a partner. A colon
-    without a finite number behind it, or without text before it, is plain text too. Never fails.
+    without a finite number behind it, or without text before it, is plain text too, and so are
+    parentheses within MOST_NESTED others. Never fails.
     """
     for escape, stand_in, _ in _ESCAPES:
         text = text.replace(escape, stand_in)
     segments = []
-    pending = [(piece, 1.0) for piece in reversed(_split(text))]
-    while pending:  # a stack, not recursion: nesting may be as deep as the prompt is long
-        piece, weight = pending.pop()
-        if piece[0] == "(" and piece[-1] == ")":
+    pending = [(piece, 1.0, 0) for piece in reversed(_split(text))]
+    while pending:
+        piece, weight, nested = pending.pop()
+        if piece[0] == "(" and piece[-1] == ")" and nested < MOST_NESTED:
             content, weight = _open(piece[1:-1], weight)
-            pending.extend((inner, weight) for inner in reversed(_split(content)))
+            pending.extend((inner, weight, nested + 1) for inner in reversed(_split(content)))
         else:
             segments.append((_unescape(piece), weight))
     return segments
