@@ -44,6 +44,7 @@ GROWTH = 0.01
 FEWEST = 15
 # The C library keeps now more, now less of what was freed: only peaks of so many lie on a line.
 PEAK_OF = 5
+COUNTS = ("threads", "pool_threads", "open_files", "tensors", "tensor_bytes", "objects")
 MESSAGE_SECONDS = 300
 IDLE_SECONDS = 60
 ENDINGS = {
@@ -88,7 +89,8 @@ class Sample:
     rss: int
     uss: int
     anonymous: int
-    threads: int
+    threads: int  # without asyncio's pool, which is bounded
+    pool_threads: int
     open_files: int
     objects: int
     tensors: int
@@ -185,8 +187,9 @@ def measure(server: Server, jobs: int) -> Sample:
     process = psutil.Process(server.process.pid)
     memory = process.memory_full_info()
     anonymous = sum(part.anonymous for part in process.memory_maps())
+    threads = process.num_threads() - counts["pool_threads"]
     return Sample(
-        jobs, memory.rss, memory.uss, anonymous, process.num_threads(), process.num_fds(), **counts
+        jobs, memory.rss, memory.uss, anonymous, threads, open_files=process.num_fds(), **counts
     )
 
 
@@ -264,8 +267,8 @@ class Soak:
         print(
             f"{last.jobs}/{self.jobs} jobs, {failures} failures, {seconds / last.jobs:.2f} s each, "
             f"RSS {last.rss / 1e6:.1f} MB, USS {last.uss / 1e6:.1f}, anonymous "
-            f"{last.anonymous / 1e6:.1f}, {last.threads} threads, {last.open_files} open files, "
-            f"{last.tensors} tensors of {last.tensor_bytes / 1e6:.1f} MB, {last.objects} objects",
+            f"{last.anonymous / 1e6:.1f}, {last.threads} + {last.pool_threads} threads, "
+            f"{last.open_files} open files, {last.tensors} tensors of {last.tensor_bytes / 1e6:.1f} MB, {last.objects} objects",
             file=sys.stderr,
         )
 
@@ -286,10 +289,7 @@ class Soak:
             "new files": sorted(left_files(self.server) - self.files),
             "memory": {name: _memory(name, late) for name in ("rss", "uss", "anonymous")},
             "keys dropped from ComfyUI's cache": sum(one.core_keys for one in self.samples),
-            "counts": {
-                name: [getattr(late[0], name), getattr(late[-1], name)]
-                for name in ("threads", "open_files", "tensors", "tensor_bytes", "objects")
-            },
+            "counts": {name: [getattr(late[0], name), getattr(late[-1], name)] for name in COUNTS},
         }
         result["verdict"] = self._verdict(result)
         return result

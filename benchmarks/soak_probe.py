@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import threading
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ NODE_CLASS_MAPPINGS: dict[str, type] = {}
 
 @PromptServer.instance.routes.get("/soak/collect")
 async def collect(_: web.Request) -> web.Response:
-    """{"objects", "tensors", "tensor_bytes"} that are alive in the idle server after a collection.
+    """{"objects", "tensors", "tensor_bytes", ...} that are alive in the idle server.
 
-    "core_keys" of ComfyUI's own cache are dropped before. Where the C library can, memory that the
+    "core_keys" of ComfyUI's own cache are dropped before. "pool_threads" are asyncio's, of which it
+    starts a few more whenever as many are busy at a time. Where the C library can, memory that the
     process keeps for later but does not use goes back to the system.
     """
     core_keys = sum(forget_stale_keys(one) for one in gc.get_objects())
@@ -29,6 +31,7 @@ async def collect(_: web.Request) -> web.Response:
     counts = {
         "objects": len(objects), "tensors": len(tensors), "tensor_bytes": sum(sizes.values()),
         "core_keys": core_keys,
+        "pool_threads": sum(one.name.startswith("asyncio_") for one in threading.enumerate()),
     }  # fmt: skip
     return web.json_response(counts)
 

@@ -121,16 +121,20 @@ class Server:
                     run.ending, run.data = event["type"], data
         return run
 
-    def pictures(self, run: Run) -> list[Path]:
-        """The files a run saved, by name. The history follows the last event a moment later."""
+    def outputs(self, run: Run) -> dict[str, Any]:
+        """What its nodes showed and saved. The history follows the last event a moment later."""
         for _ in range(100):
             if history := self.get(f"/history/{run.prompt_id}"):
                 break
             time.sleep(0.1)
-        outputs = history[run.prompt_id]["outputs"]
-        return sorted(
+        return history[run.prompt_id]["outputs"]
+
+    def pictures(self, run: Run) -> list[Path]:
+        """The files a run saved, by node and name: what is cached is saved before the rest."""
+        nodes = sorted(self.outputs(run).items(), key=lambda item: (len(item[0]), item[0]))
+        return [
             self.base / "output" / image["subfolder"] / image["filename"]
-            for output in outputs.values()
-            for image in output.get("images", [])
+            for _, output in nodes
+            for image in sorted(output.get("images", []), key=lambda image: image["filename"])
             if image["type"] == "output"
-        )
+        ]

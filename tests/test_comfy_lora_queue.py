@@ -94,6 +94,6 @@ def test_the_model_without_loras_paints_as_before(server, model_name):
 
 def test_the_node_shows_its_report(server):
     run = server.run(graph(50, Q8_0))
-    output = server.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]["lora"]
+    output = server.outputs(run)["lora"]
     assert "strength 0.5" in output["text"][0]
     assert output["text"][0] in server.log()

@@ -223,8 +223,8 @@ def test_merging_into_the_base_and_into_bf16(comfy_folders, loras):
         left_alone = all(torch.equal(made[key], old[key]) for key in old if key not in KEYS)
         assert left_alone or to == "bf16"
         assert name in ChromaLoadModel.define_schema().inputs[0].options
-        done, of = comfy_folders.seen[-1]  # a header is no tensor
-        assert of == source.stat().st_size and 0.99 * of < done <= of
+        done, of = comfy_folders.seen[-1]
+        assert done == of
 
 
 def values_of(path):
@@ -415,7 +415,7 @@ def test_on_a_real_server(tmp_path):
             of_node.get(place, []).append((value, top))
         assert all(steps == sorted(steps) for steps in of_node.values())
         assert of_node["r"][-1] == (len(KEYS), len(KEYS))
-        assert of_node["i"][-1][1] == small.TRANSFORMER.stat().st_size
+        assert of_node["i"][-1][0] == of_node["i"][-1][1]
         for loader, menu in (("ChromaLoadLora", "lora_name"), ("ChromaLoadModel", "model_name")):
             offered = server.get(f"/object_info/{loader}")[loader]["input"]["required"][menu]
             assert "made.safetensors" in str(offered)

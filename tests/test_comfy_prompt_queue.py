@@ -70,7 +70,7 @@ def test_a_prompt_from_wildcards_to_the_picture(tmp_path):
         run = server.run(prompt)
         assert run.ending == "execution_success", run.data
         (picture,) = server.pictures(run)
-        outputs = server.get(f"/history/{run.prompt_id}")[run.prompt_id]["outputs"]
+        outputs = server.outputs(run)
         shown = {name: output["text"][0] for name, output in outputs.items() if "text" in output}
         assert shown["choose"] == "a red fox"
         assert shown["short"].endswith(" of 512 tokens") and shown["short"] in shown["check"]
@@ -84,7 +84,7 @@ def test_a_prompt_from_wildcards_to_the_picture(tmp_path):
         (folder / "animal.txt").write_text("cat\n")
         again = server.run(prompt)
         assert again.ending == "execution_success", again.data
-        outputs = server.get(f"/history/{again.prompt_id}")[again.prompt_id]["outputs"]
+        outputs = server.outputs(again)
         assert outputs["choose"]["text"] == ["a red cat"]
 
     (folder / "animal.txt").write_text("fox\n")
