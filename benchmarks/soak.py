@@ -268,7 +268,8 @@ class Soak:
             f"{last.jobs}/{self.jobs} jobs, {failures} failures, {seconds / last.jobs:.2f} s each, "
             f"RSS {last.rss / 1e6:.1f} MB, USS {last.uss / 1e6:.1f}, anonymous "
             f"{last.anonymous / 1e6:.1f}, {last.threads} + {last.pool_threads} threads, "
-            f"{last.open_files} open files, {last.tensors} tensors of {last.tensor_bytes / 1e6:.1f} MB, {last.objects} objects",
+            f"{last.open_files} open files, {last.tensors} tensors of "
+            f"{last.tensor_bytes / 1e6:.1f} MB, {last.objects} objects",
             file=sys.stderr,
         )
 
