@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import signal
 import struct
 import threading
 import urllib.parse
@@ -167,3 +168,8 @@ class FakeComfyUI:
                 "messages": [["execution_start", {}], *messages],
             },
         }
+
+
+def heed_interrupts() -> None:
+    """For a child process: shells let what they start in the background ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

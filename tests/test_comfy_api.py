@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from comfy_queue import Server
 from PIL import Image
+from queue_fake import heed_interrupts
 from workflow_files import ROOT, load
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
@@ -289,7 +290,9 @@ def test_ctrl_c_leaves_nothing_of_ours_and_the_rest_alone(server, folder):
     (folder / "r.csv").write_text("Seed.noise_seed\n601\n602\n603\n")
     command = [sys.executable, "-m", "chroma_nodes", "queue", url(server), str(SMALL), "--batch",
                "r.csv", "--set", "Sigmas.steps=3000", "--quiet"]  # fmt: skip
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not runs_ours(server, folder):
             time.sleep(0.1)

@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import soak
 from comfy_queue import Run
-from soak import Ended, growth, peaks, repeats, rises
+from soak import Ended, growth, repeats, rises
 from soak_jobs import FORMATS, LORAS, WORKFLOWS, Job, Kind, rounds
 
 CHECKOUT = os.environ.get("COMFYUI_PATH")
@@ -61,11 +61,6 @@ def test_growth_is_the_rise_of_the_line_over_its_start():
         share, error = growth(x, values)
         assert abs(share - expected) < 4 * error < 0.01
     assert growth(x, [3.0 * jobs for jobs in x]) == pytest.approx((2.5, 0.0))
-
-
-def test_peaks_of_five_leave_out_what_does_not_fill_five():
-    x, y = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [99, 1, 2, 9, 3, 4, 5, 6, 7, 8, 1]
-    assert peaks(x, y) == ([4, 9], [9, 8])
 
 
 def test_counts_rise_only_if_the_end_is_above_all_that_was_before():

@@ -10,7 +10,7 @@ import time
 import pytest
 from chroma_nodes.chroma.cli import main
 from chroma_nodes.chroma.queue.state import NAME
-from queue_fake import GRAPH, PICTURE, FakeComfyUI
+from queue_fake import GRAPH, PICTURE, FakeComfyUI, heed_interrupts
 
 COMMAND = [sys.executable, "-m", "chroma_nodes", "queue"]
 
@@ -91,7 +91,9 @@ def test_ctrl_c_leaves_nothing_of_ours_and_the_rest_alone(fake, folder, queue):
     fake.polls = 10**9
     fake.queue["somebody else's"] = GRAPH
     command = [*COMMAND, fake.url, "graph.json", "--batch", "rows.csv", "--quiet"]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         deadline = time.monotonic() + 300
         while len(fake.submitted) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
