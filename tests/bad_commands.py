@@ -47,15 +47,20 @@ def cli(name: str, says: str, arguments: Callable[[Path], list], error: str = "C
     return Case(name, error, says, lambda folder: command(*arguments(folder)))
 
 
+def _named(arguments: tuple[object, ...]) -> str:
+    """The arguments as a case's name, which must not depend on where the pack lies."""
+    return " ".join(map(str, arguments)).replace(str(small.FOLDER), "tiny")
+
+
 def usage(says: str, *arguments: object) -> Case:
-    return cli(" ".join(map(str, arguments))[:60] or "nothing", says, lambda _: [*arguments],
+    return cli(_named(arguments)[:60] or "nothing", says, lambda _: [*arguments],
                "UsageError")  # fmt: skip
 
 
 def _draw(says: str, *flags: object) -> Case:
     """`generate` with these flags, at the small model's smallest size."""
     return cli(
-        f"generate {' '.join(map(str, flags))[:50]!a}", says,
+        f"generate {_named(flags)[:50]!a}", says,
         lambda folder: ["generate", "a cat", "--out", folder / "x.png", "--quiet", "--device",
                         "cpu", "--width", 64, "--height", 64, "--steps", 1, *flags],
     )  # fmt: skip

@@ -117,7 +117,7 @@ def test_chroma1_reads_t5_xxl():
 
 def test_a_table_is_made_once_and_cannot_be_written_to():
     table = name_table(CONFIG, TEXT_CONFIG)
-    assert table is TABLE
+    assert table is name_table(CONFIG, TEXT_CONFIG)
     for names in (table.targets, table.foreign, table.shapes):
         with pytest.raises(TypeError):
             names["img_in"] = None

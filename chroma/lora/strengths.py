@@ -78,19 +78,20 @@ def parse_blocks(text: str) -> tuple[BlockStrength, ...]:
 def _parse_item(item: str) -> list[BlockStrength]:
     match = _ITEM.fullmatch(item)
     factor = _number(match[3]) if match else None
+    shown = repr(item[:60])
     if match is None or factor is None:
-        raise LoraError(f"block strengths: {item!r} is not usable; expected text like {EXAMPLE}")
+        raise LoraError(f"block strengths: {shown} is not usable; expected text like {EXAMPLE}")
     part, ranges = match[1].lower(), _RANGE.findall(match[2])
     if not ranges:
         return [BlockStrength(part, factor)]
     if part == OTHER:
         raise LoraError(
-            f"block strengths: {item!r} numbers what is outside the blocks; expected 'other: 0.5'"
+            f"block strengths: {shown} numbers what is outside the blocks; expected 'other: 0.5'"
         )
     found = [BlockStrength(part, factor, int(a), int(b or a)) for a, b in ranges]
     if any(block.last is not None and block.last < block.first for block in found):
         raise LoraError(
-            f"block strengths: {item!r} has a range that runs backwards; "
+            f"block strengths: {shown} has a range that runs backwards; "
             f"expected the smaller number first, like {EXAMPLE}"
         )
     return found
