@@ -18,6 +18,11 @@ class Preset:
     beta: float = 0.6
     shift: float = 1.0
 
+    @property
+    def schedule_options(self) -> dict[str, float]:
+        """What the scheduler takes beside steps and shift."""
+        return {"alpha": self.alpha, "beta": self.beta} if self.scheduler == "beta" else {}
+
 
 # The least error of all samplers at equal evaluations (benchmarks/sampling.py).
 BASE = Preset(steps=26, cfg=4.0, sampler="flow_pec")

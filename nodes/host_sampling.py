@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..chroma.errors import SamplingError
 from ..chroma.noise import make_noise
+from ..chroma.presets import Preset
 from ..samplers import SAMPLERS
 from ..samplers.noise import RowSeeds
 from ..schedulers import SCHEDULERS, get_sigmas
@@ -71,6 +72,17 @@ def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> Model
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)
     return clone
+
+
+def apply_preset(
+    model: ModelPatcher, preset: Preset, steps: int | None = None
+) -> tuple[ModelPatcher, comfy.samplers.KSAMPLER, Tensor]:
+    """A clone at the preset's shift, its sampler, and its sigmas in so many or in its own steps."""
+    model = set_constant_shift(model, preset.shift)
+    sigmas = schedule(
+        model, preset.scheduler, steps or preset.steps, 1.0, False, **preset.schedule_options
+    )
+    return model, comfy.samplers.KSAMPLER(SAMPLERS[preset.sampler]), sigmas
 
 
 class BatchNoise:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
 from ..chroma.errors import LoraError
@@ -14,11 +13,10 @@ from ..chroma.lora.read import read_lora
 from ..chroma.lora.report import report
 from ..chroma.lora.strengths import Strengths, parse_blocks
 from ..chroma.presets import FLASH
-from ..samplers import SAMPLERS
 from .host import one_of
 from .host_lora import AUTO, HOW, apply_to_clip, apply_to_model, config_of, read_for
 from .host_report import Notes
-from .host_sampling import schedule, set_constant_shift
+from .host_sampling import apply_preset
 from .loading import CATEGORY
 
 NONE = "none"
@@ -324,9 +322,6 @@ class ChromaFlashLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, strength, steps, how) -> io.NodeOutput:
         model, _, notes = apply_rows(model, None, [Row(lora_name, strength)], how)
-        model = set_constant_shift(model, FLASH.shift)
-        beta = {"alpha": FLASH.alpha, "beta": FLASH.beta} if FLASH.scheduler == "beta" else {}
-        sigmas = schedule(model, FLASH.scheduler, steps, 1.0, False, **beta)
         notes.add(f"{FLASH.sampler}, {steps} steps, cfg {FLASH.cfg:g}")
-        sampler, shown = KSAMPLER(SAMPLERS[FLASH.sampler]), notes.tell(_node_id(cls))
-        return io.NodeOutput(model, sampler, sigmas, FLASH.cfg, ui=shown)
+        shown = notes.tell(_node_id(cls))
+        return io.NodeOutput(*apply_preset(model, FLASH, steps), FLASH.cfg, ui=shown)

@@ -8,7 +8,7 @@ from ..chroma.presets import BASE, PRESETS
 from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ..samplers.options import OPTIONS, Option
 from .host import one_of
-from .host_sampling import BatchNoise, schedule, set_constant_shift
+from .host_sampling import BatchNoise, apply_preset
 
 CATEGORY = "Chroma"
 SAMPLER_TIP = "For SamplerCustomAdvanced."
@@ -220,7 +220,4 @@ class ChromaPreset(io.ComfyNode):
     @classmethod
     def execute(cls, model, preset: str) -> io.NodeOutput:
         p = PRESETS[preset]
-        model = set_constant_shift(model, p.shift)
-        options = {"alpha": p.alpha, "beta": p.beta} if p.scheduler == "beta" else {}
-        sigmas = schedule(model, p.scheduler, p.steps, 1.0, False, **options)
-        return io.NodeOutput(model, KSAMPLER(SAMPLERS[p.sampler]), sigmas, p.cfg)
+        return io.NodeOutput(*apply_preset(model, p), p.cfg)

@@ -13,6 +13,7 @@ from ..chroma.tiny import files as small
 from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate, one_of
 from .host_lora import config_of
 from .host_model import load_model
+from .host_sampling import BatchNoise, apply_preset
 from .host_text import load_clip
 from .host_vae import load_vae
 from .loading import CATEGORY, MODEL_DTYPE_TIP
@@ -152,27 +153,20 @@ class ChromaTextToImage(io.ComfyNode):
         def add(kind: str, **inputs: Any) -> Any:
             return graph.node(kind, **inputs).out(0)
 
-        shifted = add(
-            "ChromaModelShift", model=model, mode="constant", shift=p.shift, base_shift=0.5,
-            max_shift=1.15, width=width, height=height,
-        )  # fmt: skip
+        model, sampler, sigmas = apply_preset(model, p, steps)
         rule = {"pad_rule": PadRule.REFERENCE.value, "prompt_per_line": False}
         guider = add(
             "CFGGuider",
-            model=shifted,
+            model=model,
             positive=add("ChromaTextEncode", clip=clip, text=prompt, **rule),
             negative=add("ChromaTextEncode", clip=clip, text=negative_prompt, **rule),
             cfg=cfg or p.cfg,
         )
-        sigmas = add(
-            "ChromaBetaScheduler", model=shifted, steps=steps or p.steps, alpha=p.alpha,
-            beta=p.beta, denoise=1.0, compat=False,
-        )  # fmt: skip
         sampled = add(
             "SamplerCustomAdvanced",
-            noise=add("ChromaBatchNoise", noise_seed=seed),
+            noise=BatchNoise(seed),
             guider=guider,
-            sampler=add("ChromaSampler", sampler_name=p.sampler),
+            sampler=sampler,
             sigmas=sigmas,
             latent_image=add(
                 "EmptySD3LatentImage", width=width, height=height, batch_size=batch_size

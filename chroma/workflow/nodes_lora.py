@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...samplers import SAMPLERS
 from ..lora.apply import AUTO, WAYS, Lora, with_loras
 from ..lora.file import LoraFile
 from ..lora.read import read_lora
@@ -14,7 +13,7 @@ from ..lora.strengths import Strengths, parse_blocks
 from ..presets import FLASH
 from ..text.encoder import TextEncoder
 from .graph import check_name
-from .nodes_chroma import schedule
+from .nodes_sampling import apply_preset
 from .schema import Input, NodeType
 from .values import Context, Model
 
@@ -107,10 +106,7 @@ def lora_info(context: Context, lora_name: str, model: Model | None):
 
 def flash_lora(context: Context, model: Model, lora_name, strength, steps, how):
     model, _ = apply_rows(context, model, None, [Row(lora_name, strength)], how)
-    model = model.with_constant_shift(FLASH.shift)
-    beta = {"alpha": FLASH.alpha, "beta": FLASH.beta} if FLASH.scheduler == "beta" else {}
-    (sigmas,) = schedule(model, FLASH.scheduler, steps, 1.0, False, **beta)
-    return model, SAMPLERS[FLASH.sampler], sigmas, FLASH.cfg
+    return *apply_preset(model, FLASH, steps), FLASH.cfg
 
 
 def core_loader(context: Context, model, clip, lora_name, strength_model, strength_clip):

@@ -6,7 +6,7 @@ from ...samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ...samplers.noise import RowSeeds
 from ...samplers.options import OPTIONS, Option
 from ..noise import MAX_SEED
-from ..presets import BASE, PRESETS
+from ..presets import BASE, PRESETS, Preset
 from .nodes_chroma import MODEL, schedule
 from .schema import Input, NodeType
 from .values import Context, Model, Noise
@@ -42,12 +42,17 @@ def _input(option: Option) -> Input:
     return Input(option.name, kind, option.default, option.low, option.high)
 
 
+def apply_preset(model: Model, preset: Preset, steps: int | None = None):
+    """The model at the preset's shift, its sampler, and its sigmas in so many or its own steps."""
+    model = model.with_constant_shift(preset.shift)
+    (sigmas,) = schedule(
+        model, preset.scheduler, steps or preset.steps, 1.0, False, **preset.schedule_options
+    )
+    return model, SAMPLERS[preset.sampler], sigmas
+
+
 def preset(_: Context, model: Model, preset: str):
-    p = PRESETS[preset]
-    model = model.with_constant_shift(p.shift)
-    options = {"alpha": p.alpha, "beta": p.beta} if p.scheduler == "beta" else {}
-    (sigmas,) = schedule(model, p.scheduler, p.steps, 1.0, False, **options)
-    return model, SAMPLERS[p.sampler], sigmas, p.cfg
+    return *apply_preset(model, PRESETS[preset]), PRESETS[preset].cfg
 
 
 def batch_noise(_: Context, noise_seed: int):

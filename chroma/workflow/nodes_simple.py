@@ -1,14 +1,13 @@
 """Text to image in two nodes: one that loads everything, and one that makes the picture of it."""
 
-from ...samplers import SAMPLERS
 from ..noise import MAX_SEED
 from ..pipeline import latent_size
 from ..presets import PRESETS, own_size
 from ..text.encoder import PadRule
 from ..tiny import files as small
-from .nodes_chroma import MODEL, MODEL_DTYPE, encode_text, load_clip, load_model, load_vae, schedule
+from .nodes_chroma import MODEL, MODEL_DTYPE, encode_text, load_clip, load_model, load_vae
 from .nodes_core import cfg_guider, empty_latent, sample, vae_decode
-from .nodes_sampling import batch_noise
+from .nodes_sampling import apply_preset, batch_noise
 from .schema import Input, NodeType
 from .values import Context, Model
 
@@ -28,16 +27,15 @@ def text_to_image(
     p, side = PRESETS[preset], own_size(model.transformer.config)
     width, height = width or side, height or side
     latent_size(width, height)
-    model = model.with_constant_shift(p.shift)
+    model, sampler, sigmas = apply_preset(model, p, steps)
     positive, negative = (
         encode_text(context, clip, text, PadRule.REFERENCE.value, False)[0]
         for text in (prompt, negative_prompt)
     )
     guider = cfg_guider(model, positive, negative, cfg or p.cfg)
-    (sigmas,) = schedule(model, "beta", steps or p.steps, 1.0, False, alpha=p.alpha, beta=p.beta)
     (latent,) = empty_latent(context, width, height, batch_size)
     (noise,) = batch_noise(context, seed)
-    sampled, _ = sample(context, noise, guider, SAMPLERS[p.sampler], sigmas, latent)
+    sampled, _ = sample(context, noise, guider, sampler, sigmas, latent)
     return vae_decode(context, sampled, vae)
 
 
