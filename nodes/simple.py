@@ -18,6 +18,7 @@ from .host_text import load_clip
 from .host_vae import load_vae
 from .loading import CATEGORY, MODEL_DTYPE_TIP
 
+AS_LINK = {"rawLink": True}
 FOLDERS = {
     "model_name": "diffusion_models",
     "text_encoder_name": "text_encoders",
@@ -92,8 +93,9 @@ class ChromaTextToImage(io.ComfyNode):
             "recommends. For everything else there are the single nodes, which this one runs.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Chroma, or with LoRAs on it."),
-                io.Clip.Input("clip", tooltip="From Load Chroma."),
-                io.Vae.Input("vae", tooltip="From Load Chroma."),
+                # As links, so that ComfyUI knows the encoded prompts again under another seed.
+                io.Clip.Input("clip", tooltip="From Load Chroma.", extra_dict=AS_LINK),
+                io.Vae.Input("vae", tooltip="From Load Chroma.", extra_dict=AS_LINK),
                 io.String.Input(
                     "prompt", multiline=True, dynamic_prompts=True, tooltip="What to paint."
                 ),

@@ -43,3 +43,14 @@ def test_an_unusable_size_is_one_line(server):
     run = server.run(two_nodes(width=100))
     assert run.ending == "execution_error"
     assert run.data["exception_message"].startswith("width 100 is not usable")
+
+
+def test_another_seed_does_not_encode_the_prompts_again(server):
+    def encoded(**changes) -> int:
+        before = server.log().count(" of 512 tokens")
+        assert server.run(two_nodes(**changes)).ending == "execution_success"
+        return server.log().count(" of 512 tokens") - before
+
+    assert encoded(seed=5, prompt="a 3d emoji of a fox") > 0
+    assert encoded(seed=6, prompt="a 3d emoji of a fox") == 0
+    assert encoded(seed=6, prompt="a 3d emoji of a cow") == 1
