@@ -1,7 +1,6 @@
 """Nodes that put LoRAs on a MODEL and a CLIP, and tell what is in a file."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from comfy_api.latest import io
 from ..chroma.errors import LoraError
 from ..chroma.lora.read import read_lora
 from ..chroma.lora.report import report
-from ..chroma.lora.strengths import Strengths, parse_blocks
+from ..chroma.lora.rows import NONE, ROWS, Row, chosen_rows, stack_of, stacked_rows
+from ..chroma.lora.strengths import parse_blocks
 from ..chroma.presets import FLASH
 from .host import one_of
 from .host_lora import AUTO, HOW, apply_to_clip, apply_to_model, config_of, read_for
@@ -19,24 +19,12 @@ from .host_report import Notes
 from .host_sampling import apply_preset
 from .loading import CATEGORY
 
-NONE = "none"
-ROWS = 4
 LoraStack = io.Custom("LORA_STACK")
 BLOCKS_EXAMPLE = "double 0-9: 0.5, single: 1"
 HOW_TIP = (
     "auto: merged into plain weights, and beside quantised ones, which stay as they are: exact and "
     "nearly as fast as without. patch: merged into the values of all. bypass: beside all weights."
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One LoRA as it is asked for."""
-
-    name: str
-    strength: float = 1.0
-    text_encoder: float = 1.0
-    blocks: str = ""
 
 
 def lora_names() -> list[str]:
@@ -59,8 +47,7 @@ def apply_rows(model: Any, clip: Any, rows: Iterable[Row], how: str) -> tuple[An
     notes = Notes()
     for row in rows:
         file = read_for(model, locate(row.name))
-        strengths = Strengths(row.strength, row.text_encoder, parse_blocks(row.blocks))
-        model, applied = apply_to_model(model, file, strengths, how)
+        model, applied = apply_to_model(model, file, row.strengths, how)
         line = f"{report(file).line()}; strength {row.strength:g}: {applied}"
         left_out = bool(file.skipped or file.unknown or applied.absent)
         if file.text_encoder and clip is None:
@@ -200,10 +187,9 @@ class ChromaLoraStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, how, clip=None, lora_stack=None, **rows) -> io.NodeOutput:
-        stack = [*stacked(lora_stack), *_chosen(rows)]
+        stack = [*stacked_rows(lora_stack), *chosen_rows(rows)]
         model, clip, notes = apply_rows(model, clip, stack, how)
-        out = [(row.name, row.strength, row.text_encoder) for row in stack]
-        return io.NodeOutput(model, clip, out, ui=notes.tell(_node_id(cls)))
+        return io.NodeOutput(model, clip, stack_of(stack), ui=notes.tell(_node_id(cls)))
 
 
 def _row_inputs(i: int, names: list[str]) -> list[io.Input]:
@@ -214,29 +200,6 @@ def _row_inputs(i: int, names: list[str]) -> list[io.Input]:
         _strength_input(f"strength_{i}", "On the model. 1 is as it was trained, 0 off."),
         _strength_input(f"text_encoder_strength_{i}", "On the text encoder, if it has a part."),
     ]
-
-
-def _chosen(rows: dict[str, Any]) -> list[Row]:
-    """The rows of the node that name a file."""
-    every = (
-        Row(rows[f"lora_{i}"], rows[f"strength_{i}"], rows[f"text_encoder_strength_{i}"])
-        for i in range(1, ROWS + 1)
-    )
-    return [row for row in every if row.name != NONE]
-
-
-def stacked(stack: Any) -> list[Row]:
-    """A stack of (name, strength on the model, on the text encoder), as other packs make them."""
-    try:
-        return [
-            Row(str(name), float(strength), float(text_encoder))
-            for name, strength, text_encoder in stack or ()
-        ]
-    except (TypeError, ValueError):
-        raise LoraError(
-            "the LORA_STACK is not a list of (name, model strength, clip strength); connect the "
-            "stack output of a LoRA node"
-        ) from None
 
 
 class ChromaLoraInfo(io.ComfyNode):

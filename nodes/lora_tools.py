@@ -16,6 +16,7 @@ from ..chroma.checkpoint.recipe import GGUF_TARGETS, SAFETENSORS_TARGETS
 from ..chroma.config import ChromaConfig
 from ..chroma.errors import LoraError
 from ..chroma.lora.read import read_lora
+from ..chroma.lora.rows import NONE, Row, chosen_rows, stacked_rows
 from ..chroma.lora.tools.base import open_base
 from ..chroma.lora.tools.concatenate import concatenate_loras
 from ..chroma.lora.tools.convert import convert_lora
@@ -30,7 +31,7 @@ from .host import locate as locate_model
 from .host_lora import config_of
 from .host_report import Notes, progress_bar
 from .loading import CATEGORY
-from .lora import NONE, ROWS, Row, locate, lora_names, stacked
+from .lora import locate, lora_names
 from .lora_tools_inputs import (
     all_true,
     check_rows,
@@ -317,8 +318,7 @@ class ChromaMergeLoraIntoCheckpoint(io.ComfyNode):
 
 def _chosen(stack: Any, rows: Mapping[str, Any]) -> list[Row]:
     """A stack, then the rows of the node that name a file. Raises LoraError for none."""
-    own = ((rows[f"lora_{i}"], rows[f"strength_{i}"]) for i in range(1, ROWS + 1))
-    chosen = [*stacked(stack), *(Row(name, s, s) for name, s in own if name != NONE)]
+    chosen = [*stacked_rows(stack), *chosen_rows(rows)]
     if not chosen:
         raise LoraError("no LoRA is chosen; choose one, or connect a LORA_STACK")
     return chosen

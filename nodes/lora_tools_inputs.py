@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from comfy_api.latest import io
 
 from ..chroma.errors import LoraError
+from ..chroma.lora.rows import NONE, ROWS
 from ..chroma.lora.tools.rules import RankRule
 from .host import one_of
-from .lora import NONE, ROWS, LoraStack, lora_names
+from .lora import LoraStack, lora_names
 
 
 def lora_input() -> io.Combo.Input:

@@ -29,10 +29,11 @@ import_comfyui()
 import comfy.model_management
 import comfy.utils
 import folder_paths
+from chroma_nodes.chroma.lora.rows import ROWS
 from chroma_nodes.nodes import lora_tools
 from chroma_nodes.nodes.host_model import build_model
 from chroma_nodes.nodes.loading import ChromaLoadModel
-from chroma_nodes.nodes.lora import ROWS, ChromaLoadLora, lora_names
+from chroma_nodes.nodes.lora import ChromaLoadLora, lora_names
 
 KEYS = (
     "double_blocks.0.img_attn.qkv.weight",

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..lora.apply import AUTO, WAYS, Lora, with_loras
 from ..lora.file import LoraFile
 from ..lora.read import read_lora
 from ..lora.report import report
-from ..lora.strengths import Strengths, parse_blocks
+from ..lora.rows import NONE, ROWS, Row, chosen_rows, stack_of, stacked_rows
 from ..presets import FLASH
 from ..text.encoder import TextEncoder
 from .graph import check_name
@@ -17,18 +17,8 @@ from .nodes_sampling import apply_preset
 from .schema import Input, NodeType
 from .values import Context, Model
 
-FOLDER, NONE, ROWS = "loras", "none", 4
+FOLDER = "loras"
 log = logging.getLogger("chroma")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One LoRA as it is asked for."""
-
-    name: str
-    strength: float = 1.0
-    text_encoder: float = 1.0
-    blocks: str = ""
 
 
 def apply_rows(
@@ -41,7 +31,7 @@ def apply_rows(
                 context.locate(FOLDER, row.name), model.transformer.config,
                 None if clip is None else clip.model.config,
             ),
-            Strengths(row.strength, row.text_encoder, parse_blocks(row.blocks)), how,
+            row.strengths, how,
         )
         for row in rows
     ]  # fmt: skip
@@ -71,25 +61,10 @@ def load_lora(
 
 
 def lora_stack(context: Context, model, clip, lora_stack, how, **rows: Any):
-    stack = [*_stacked(lora_stack), *_chosen(rows)]
-    out = [(row.name, row.strength, row.text_encoder) for row in stack]
-    return *apply_rows(context, model, clip, stack, how), out
-
-
-def _chosen(rows: dict[str, Any]) -> list[Row]:
-    """The rows of the node that name a file."""
-    chosen = []
     for i in range(1, ROWS + 1):
-        name = rows[f"lora_{i}"]
-        if name != NONE:
-            check_name(f"lora_{i}", name)
-            chosen.append(Row(name, rows[f"strength_{i}"], rows[f"text_encoder_strength_{i}"]))
-    return chosen
-
-
-def _stacked(stack: Any) -> list[Row]:
-    """A LORA_STACK of (name, strength on the model, on the text encoder)."""
-    return [Row(*entry) for entry in stack or ()]
+        check_name(f"lora_{i}", rows[f"lora_{i}"])
+    stack = [*stacked_rows(lora_stack), *chosen_rows(rows)]
+    return *apply_rows(context, model, clip, stack, how), stack_of(stack)
 
 
 def lora_info(context: Context, lora_name: str, model: Model | None):
