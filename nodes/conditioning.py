@@ -12,11 +12,24 @@ CATEGORY = "Chroma"
 PAD_RULES = [rule.value for rule in PadRule]
 CLIP_TIP = "From Load Chroma Text Encoder, or CLIPLoader with type chroma."
 WEIGHTS_TIP = "(word:1.2) weighs a word more, (word:0.8) less."
-PAD_RULE_TIP = (
+_PAD_RULE_TIP = (
     "How the padding behind the prompt takes part. reference: as in training. hf: diffusers. "
     "comfy_pad1, comfy_nopad: ComfyUI's encoder with and without one pad token. unmasked512: 512 "
     "tokens, all seen."
 )
+
+
+def pad_rule_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "pad_rule", options=PAD_RULES, default=PadRule.REFERENCE.value, tooltip=_PAD_RULE_TIP
+    )
+
+
+def conditioning_output() -> io.Conditioning.Output:
+    return io.Conditioning.Output(
+        display_name="CONDITIONING",
+        tooltip="For the positive or negative input of a sampler or guider.",
+    )
 
 
 class ChromaTextEncode(io.ComfyNode):
@@ -37,12 +50,7 @@ class ChromaTextEncode(io.ComfyNode):
                     tooltip="The prompt, at most 512 tokens; the node shows how many it has and "
                     f"what is cut off. {WEIGHTS_TIP}",
                 ),
-                io.Combo.Input(
-                    "pad_rule",
-                    options=PAD_RULES,
-                    default=PadRule.REFERENCE.value,
-                    tooltip=PAD_RULE_TIP,
-                ),
+                pad_rule_input(),
                 io.Boolean.Input(
                     "prompt_per_line",
                     default=False,
@@ -50,12 +58,7 @@ class ChromaTextEncode(io.ComfyNode):
                     "own, the first for the first picture of the batch and so on.",
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    display_name="CONDITIONING",
-                    tooltip="For the positive or negative input of a sampler or guider.",
-                )
-            ],
+            outputs=[conditioning_output()],
             hidden=[io.Hidden.unique_id],
         )
 

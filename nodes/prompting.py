@@ -8,14 +8,22 @@ import torch
 from comfy_api.latest import io
 
 from ..chroma.errors import PromptError
+from ..chroma.noise import MAX_SEED
 from ..chroma.prompt.check import check_prompts
 from ..chroma.prompt.long import concatenate, join_parts, split_prompt
 from ..chroma.prompt.tags import AESTHETIC, PHOTOGRAPH, QUALITY, SEPARATORS, tagged
 from ..chroma.prompt.tokens import Length, measure
 from ..chroma.prompt.wildcard_files import FOLDER, WildcardFolders
 from ..chroma.prompt.wildcards import expand_lines
-from ..chroma.text.encoder import PadRule, TextEmbedding
-from .conditioning import CATEGORY, CLIP_TIP, PAD_RULE_TIP, PAD_RULES, WEIGHTS_TIP
+from ..chroma.text.encoder import TextEmbedding
+from .conditioning import (
+    CATEGORY,
+    CLIP_TIP,
+    PAD_RULES,
+    WEIGHTS_TIP,
+    conditioning_output,
+    pad_rule_input,
+)
 from .host import one_of
 from .host_report import Notes
 from .host_text import LENGTHS, PAD_RULE, ROWS, adopt_clip
@@ -57,7 +65,7 @@ class ChromaWildcards(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=2**64 - 1,
+                    max=MAX_SEED,
                     control_after_generate=True,
                     tooltip="The same seed makes the same choices, on every machine.",
                 ),
@@ -219,19 +227,9 @@ class ChromaLongTextEncode(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip=f"One prompt of any length. {WEIGHTS_TIP}",
                 ),
-                io.Combo.Input(
-                    "pad_rule",
-                    options=PAD_RULES,
-                    default=PadRule.REFERENCE.value,
-                    tooltip=PAD_RULE_TIP,
-                ),
+                pad_rule_input(),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    display_name="CONDITIONING",
-                    tooltip="For the positive or negative input of a sampler or guider.",
-                )
-            ],
+            outputs=[conditioning_output()],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -268,12 +266,7 @@ class ChromaTextConcat(io.ComfyNode):
                     "second", tooltip="Goes behind it: one encoded prompt, or one for each picture."
                 ),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    display_name="CONDITIONING",
-                    tooltip="For the positive or negative input of a sampler or guider.",
-                )
-            ],
+            outputs=[conditioning_output()],
         )
 
     @classmethod

@@ -2,6 +2,7 @@
 
 import logging
 
+from ..noise import MAX_SEED
 from ..prompt.check import check_prompts
 from ..prompt.long import concatenate, encode_long
 from ..prompt.tags import AESTHETIC, PHOTOGRAPH, QUALITY, SEPARATORS, tagged
@@ -63,7 +64,7 @@ NODES = (
     NodeType(
         "ChromaWildcards",
         (
-            TEXT, Input("seed", "INT", 0, 0, 2**64 - 1, is_seed=True),
+            TEXT, Input("seed", "INT", 0, 0, MAX_SEED, is_seed=True),
             Input("count", "INT", 1, 1, MAX_COUNT),
         ),
         WRITTEN,
