@@ -12,7 +12,7 @@ from ..errors import PromptError
 from ..text.encoder import PadRule, TextEmbedding, TextEncoder, TokenRow
 from ..text.t5 import MAX_TOKENS
 from ..text.tokenizer import Tokenizer
-from .tokens import prompt_tokens
+from ..text.weighting import weigh_tokens
 
 # Time and memory of every step grow with the text; this many parts are twice a picture of 1024².
 MAX_PARTS = 16
@@ -26,7 +26,7 @@ def split_prompt(tokenizer: Tokenizer, prompt: str, limit: int = MAX_TOKENS) -> 
     Cut behind a sentence in the second half of the row, else behind a comma, else between words.
     Raises PromptError for more than 16 rows.
     """
-    ids, weights = prompt_tokens(tokenizer, prompt)
+    ids, weights = weigh_tokens(tokenizer.encode, prompt)
     rows, start = [], 0
     while len(ids) - start > limit - 1:
         end = start + _cut(tokenizer, ids[start : start + limit], limit - 1)

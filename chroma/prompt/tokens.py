@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..text.t5 import MAX_TOKENS
 from ..text.tokenizer import Tokenizer
-from ..text.weighting import parse_weights
+from ..text.weighting import weigh_tokens
 
 _SHOWN = 300
 _KEPT = 12
@@ -35,20 +35,9 @@ class Length:
         )
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> tuple[list[int], list[float]]:
-    """Ids and weights of all tokens of a prompt, as encoding reads it, without the end token."""
-    ids: list[int] = []
-    weights: list[float] = []
-    for text, weight in parse_weights(prompt):
-        segment = tokenizer.encode(text)
-        ids += segment
-        weights += [weight] * len(segment)
-    return ids, weights
-
-
 def measure(tokenizer: Tokenizer, prompt: str) -> Length:
     """The length of a prompt; raises PromptError for broken Unicode."""
-    ids, _ = prompt_tokens(tokenizer, prompt)
+    ids, _ = weigh_tokens(tokenizer.encode, prompt)
     count, last = len(ids) + 1, MAX_TOKENS - 1  # the end token takes the last place
     if count <= MAX_TOKENS:
         return Length(count)

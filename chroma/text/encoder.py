@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import CheckpointError, PromptError
 from .t5 import MAX_TOKENS, PadRule, T5Encoder
 from .tokenizer import Tokenizer
-from .weighting import parse_weights
+from .weighting import weigh_tokens
 
 __all__ = ["PadRule", "TextEmbedding", "TextEncoder"]
 
@@ -100,12 +100,7 @@ class TextEncoder:
 
     def tokenize(self, prompt: str, *, weighted: bool = True) -> TokenRow:
         """Ids and weights of at most 512 tokens, the end token included."""
-        ids: list[int] = []
-        weights: list[float] = []
-        for text, weight in parse_weights(prompt) if weighted else [(prompt, 1.0)]:
-            segment = self.tokenizer.encode(text)
-            ids += segment
-            weights += [weight] * len(segment)
+        ids, weights = weigh_tokens(self.tokenizer.encode, prompt, weighted=weighted)
         ids = self.tokenizer.truncate(ids)
         return self.tokenizer.with_eos(ids), [*weights[: len(ids)], 1.0]
 

@@ -1,6 +1,7 @@
 r"""The prompt weighting syntax of ComfyUI: `(word)`, `((word))`, `(word:1.2)`, `\(` and `\)`."""
 
 import math
+from collections.abc import Callable
 
 PARENTHESES = 1.1
 # 1.1 to this power is 13,780; each further level would read the whole prompt once more.
@@ -31,6 +32,22 @@ def parse_weights(text: str) -> list[tuple[str, float]]:
         else:
             segments.append((_unescape(piece), weight))
     return segments
+
+
+def weigh_tokens(
+    encode: Callable[[str], list[int]], prompt: str, *, weighted: bool = True
+) -> tuple[list[int], list[float]]:
+    """Ids and weights of all tokens of a prompt, each segment of one weight encoded by itself.
+
+    Not `weighted`, the prompt is one segment, parentheses included.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for text, weight in parse_weights(prompt) if weighted else [(prompt, 1.0)]:
+        segment = encode(text)
+        ids += segment
+        weights += [weight] * len(segment)
+    return ids, weights
 
 
 def _split(text: str) -> list[str]:
