@@ -1,14 +1,11 @@
 """`chroma-nodes generate`: from prompts to pictures."""
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..samplers.options import OPTIONS as SAMPLER_OPTIONS
-from ..samplers.options import Option as SamplerOption
 from ..schedulers.options import OPTIONS as SCHEDULE_OPTIONS
-from ..schedulers.options import Option as ScheduleOption
 from .caching import CacheSettings
 from .cli_run import new_context, run_context
 from .errors import CheckpointError, ImageError, PromptError, SamplingError
@@ -16,6 +13,7 @@ from .guidance.cli import add_guidance_arguments, guidance_from
 from .image import load_image
 from .lora.arguments import add_lora_arguments, loras_from
 from .nag import NAGSettings
+from .option import Options
 from .pipeline import Settings
 from .presets import BASE
 from .quant.products import EIGHT_BIT
@@ -27,7 +25,6 @@ from .workflow.single import Extras, text_to_image
 
 # Of an image to image run; one with a mask starts from pure noise.
 IMAGE_DENOISE = 0.6
-Options = Mapping[str, tuple[SamplerOption, ...]] | Mapping[str, tuple[ScheduleOption, ...]]
 CACHE_OFF = CacheSettings()
 NAG_ON = NAGSettings()
 # More samplers take these than have options of their own.

@@ -1,24 +1,6 @@
-"""The options of samplers, with their ranges and advice, for whoever offers them to users."""
+"""The options of samplers, with their ranges and advice."""
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Option:
-    """One number that a sampler takes by this name, usable from `low` to `high`.
-
-    It is a whole number where its default is an int.
-    """
-
-    name: str
-    default: float
-    low: float
-    high: float
-    advice: str
-
-    @property
-    def is_whole(self) -> bool:
-        return isinstance(self.default, int)
+from ..chroma.option import Option, Options
 
 
 def _eta(default: float) -> Option:
@@ -29,7 +11,7 @@ S_NOISE = Option("s_noise", 1.0, 0.0, 10.0, "Factor on the noise that steps add.
 C2 = Option("c2", 0.5, 0.01, 1.0, "Where in a step its inner model call lies: 0.5 the middle.")
 
 # All options of every sampler that has any beside eta and s_noise.
-OPTIONS: dict[str, tuple[Option, ...]] = {
+OPTIONS: Options = {
     "flow_pec": (
         Option(
             "order", 0, 0, 3,

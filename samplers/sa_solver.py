@@ -64,7 +64,7 @@ def sample_sa_solver(
     return x
 
 
-def stochastic_adams(
+def stochastic_weights(
     nodes: list[float], sigma: float, following: float, rate: float
 ) -> list[float]:
     """Weights of the denoised pictures at `nodes`, exact for polynomials in lambda (equation 15).
@@ -92,7 +92,7 @@ def stochastic_adams(
 def _integrate(
     known: list[tuple[float, Tensor]], start: Tensor, sigma: float, following: float, rate: float
 ) -> Tensor:
-    weights = stochastic_adams([node for node, _ in known], sigma, following, rate)
+    weights = stochastic_weights([node for node, _ in known], sigma, following, rate)
     for weight, (_, denoised) in zip(weights, known, strict=True):
         start = start + weight * denoised
     return start

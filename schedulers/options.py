@@ -1,20 +1,8 @@
-"""The options of schedules, with their ranges and advice, for whoever offers them to users."""
+"""The options of schedules, with their ranges and advice."""
 
-from dataclasses import dataclass
+from ..chroma.option import Option, Options
 
-
-@dataclass(frozen=True)
-class Option:
-    """One number that a schedule takes by this name; it is usable from `low` to `high`."""
-
-    name: str
-    default: float
-    low: float
-    high: float
-    advice: str
-
-
-OPTIONS: dict[str, tuple[Option, ...]] = {
+OPTIONS: Options = {
     "beta": (
         Option(
             "alpha", 0.6, 0.01, 50.0,

@@ -46,11 +46,13 @@ def test_the_root_imports_nothing():
 
 
 @pytest.mark.parametrize("layer", ("samplers", "schedulers"))
-def test_samplers_and_schedulers_need_nothing_of_chroma_but_its_errors(layer):
+def test_samplers_and_schedulers_need_nothing_of_chroma_but_errors_and_options(layer):
     for path in (ROOT / layer).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 2:
-                assert node.module == "chroma.errors", f"{path.name} imports {node.module}"
+                assert node.module in ("chroma.errors", "chroma.option"), (
+                    f"{path.name}: {node.module}"
+                )
 
 
 def test_every_package_is_listed_for_the_wheel():

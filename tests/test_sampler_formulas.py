@@ -13,7 +13,7 @@ from chroma_nodes.samplers.res_multistep import (
     sample_res_multistep,
     sample_res_multistep_ancestral,
 )
-from chroma_nodes.samplers.sa_solver import stochastic_adams
+from chroma_nodes.samplers.sa_solver import stochastic_weights
 from chroma_nodes.samplers.steps import ancestral_step, between
 from sampler_cases import half_log_snr, run
 from scipy.integrate import quad
@@ -122,10 +122,10 @@ def test_stochastic_adams_weights_are_integrals(nodes, eta):
         (1 - 0.35) * quad(integrand, half_log_snr(0.5), end, args=(j,))[0]
         for j in range(len(nodes))
     ]
-    found = stochastic_adams(nodes, 0.5, 0.35, rate)
+    found = stochastic_weights(nodes, 0.5, 0.35, rate)
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
     # At sigma 1, lambda is -inf: the polynomial there is the one through the other nodes.
-    with_one = stochastic_adams([1.0, *nodes], 0.5, 0.35, rate)
+    with_one = stochastic_weights([1.0, *nodes], 0.5, 0.35, rate)
     np.testing.assert_allclose(with_one, [0.0, *expected], rtol=1e-9, atol=1e-12)
 
 
@@ -133,7 +133,7 @@ def test_stochastic_adams_weights_stay_exact_in_tiny_steps():
     """Their sum is the weight of a constant; their balance is second order."""
     s, h = 0.5, 1e-5
     nodes = [s + 2 * h, s + h, s]
-    weights = stochastic_adams(nodes, s, s - h, 0.0)
+    weights = stochastic_weights(nodes, s, s - h, 0.0)
     assert sum(weights) == pytest.approx(1 - (s - h) / s, rel=1e-9)
     # The uniform three-step Adams-Bashforth weights.
     share = np.array(weights) / sum(weights)
