@@ -5,8 +5,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .errors import QueueError
 from .queue import Row, Server, make_jobs, read_rows, run_batch
-from .queue.errors import QueueError
 from .workflow.graph import read_prompt
 
 

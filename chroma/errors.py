@@ -31,3 +31,15 @@ class WorkflowError(ChromaError):
 
 class OutOfMemoryError(ChromaError):
     """A computation or a file needs more memory than there is; the message tells what to try."""
+
+
+class QueueError(ChromaError):
+    """A batch cannot be queued: its rows, its folder, the server or the workflow is at fault."""
+
+
+class Unreachable(QueueError):
+    """Nothing answers at the server's address, or no longer."""
+
+
+class RowFailed(QueueError):
+    """One row came to nothing on the server; other rows may do better."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from .errors import QueueError, RowFailed, Unreachable
+from ..errors import QueueError, RowFailed, Unreachable
 from .jobs import Job
 from .server import Picture, Server
 from .state import State, whole

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from ..errors import WorkflowError
+from ..errors import QueueError, WorkflowError
 from ..workflow import apply_overrides
-from .errors import QueueError
 from .refusals import node_label
 from .rows import Row
 from .server import Prompt, Server

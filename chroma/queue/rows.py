@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import QueueError
+from ..errors import QueueError
 
 SUFFIXES = (".jsonl", ".csv")
 

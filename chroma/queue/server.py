@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
 
-from .errors import QueueError, RowFailed, Unreachable
+from ..errors import QueueError, RowFailed, Unreachable
 from .refusals import node_label, one_line, refusal
 
 Prompt = dict[str, Any]

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import QueueError
+from ..errors import QueueError
 
 NAME = "chroma-queue.json"
 VERSION = 1
