@@ -21,20 +21,7 @@ from chroma_nodes.chroma.checkpoint.recipe import GGUF_TARGETS, TARGETS
 from chroma_nodes.chroma.pipeline import Pipeline, Settings, generate
 from chroma_nodes.chroma.quant.calibrate import small_model
 from chroma_nodes.chroma.tiny import files as small
-
-PROMPTS = [
-    f"a {style} emoji of a {noun} on a {colour} background"
-    for style, noun, colour in (
-        ("flat", "tiger", "green"), ("3d", "guitar", "blue"), ("3d", "red apple", "white"),
-        ("flat", "owl", "orange"), ("3d", "panda", "yellow"), ("flat", "pizza", "black"),
-        ("flat", "sailboat", "red"), ("3d", "octopus", "purple"),
-    )
-]  # fmt: skip
-
-
-def psnr(pictures: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal to noise in dB over all pictures together, values in [0, 1]."""
-    return float(-10 * torch.log10((pictures - reference).square().mean()))
+from pictures import PROMPTS, psnr
 
 
 def render(pipeline: Pipeline, settings: Settings) -> tuple[torch.Tensor, float]:

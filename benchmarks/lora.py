@@ -38,6 +38,7 @@ from chroma_nodes.chroma.quant.round_fp8 import quantise_fp8
 from chroma_nodes.chroma.quant.tensor import QuantTensor
 from chroma_nodes.chroma.tiny import files as small
 from chroma_nodes.chroma.transformer import ChromaTransformer
+from pictures import PROMPTS, psnr
 from torch import Tensor, nn
 
 Step = Callable[[], Tensor]
@@ -46,13 +47,7 @@ TEXT_TOKENS = 64
 ALONE = "no LoRA"
 # At which a random LoRA changes the small model's pictures as visibly as a style does.
 SMALL_STRENGTH = 16.0
-PROMPTS = [
-    f"a {style} emoji of a {noun} on a {colour} background"
-    for style, noun, colour in (
-        ("flat", "tiger", "green"), ("3d", "guitar", "blue"), ("3d", "red apple", "white"),
-        ("flat", "owl", "orange"),
-    )
-]  # fmt: skip
+FEW = PROMPTS[:4]
 
 
 def blocks_only(doubles: int, singles: int) -> ChromaConfig:
@@ -254,11 +249,6 @@ def time_all(args: argparse.Namespace, device: torch.device) -> list[dict]:
     return rows
 
 
-def psnr(pictures: Tensor, reference: Tensor) -> float:
-    """Peak signal to noise in dB over all pictures together, values in [0, 1]."""
-    return round(float(-10 * torch.log10((pictures - reference).square().mean())), 2)
-
-
 def compare_pictures(steps: int) -> dict[str, dict[str, float]]:
     """PSNR of each base's pictures against bf16's, without and with the LoRA on both."""
     settings = Settings(width=small.SIZE, height=small.SIZE, steps=steps, seed=3)
@@ -273,14 +263,16 @@ def compare_pictures(steps: int) -> dict[str, dict[str, float]]:
             pipeline = Pipeline.load(
                 path, small.TEXT_ENCODER, small.TOKENIZER, small.VAE, dtype=torch.bfloat16
             )
-            found = [generate(pipeline, PROMPTS, "", settings, disable_progress=True)]
+            found = [generate(pipeline, FEW, "", settings, disable_progress=True)]
             lora = small_lora(pipeline.transformer)
             apply_lora(pipeline.transformer, [(lora, Strengths(SMALL_STRENGTH))])
-            found.append(generate(pipeline, PROMPTS, "", settings, disable_progress=True))
+            found.append(generate(pipeline, FEW, "", settings, disable_progress=True))
             references = references or found
-            without, with_lora = (psnr(*pair) for pair in zip(found, references, strict=True))
+            without, with_lora = (
+                round(psnr(*pair), 2) for pair in zip(found, references, strict=True)
+            )
             if target is None:
-                rows[base] = {"change by the LoRA": psnr(found[1], found[0])}
+                rows[base] = {"change by the LoRA": round(psnr(found[1], found[0]), 2)}
             else:
                 rows[base] = {"without LoRA": without, "with LoRA": with_lora}
             print(base, rows[base], flush=True)

@@ -25,19 +25,12 @@ import torch
 from chroma_nodes.chroma.guidance import Denoiser
 from chroma_nodes.chroma.pipeline import Pipeline
 from chroma_nodes.samplers.heun import sample_heun
+from pictures import PROMPTS
 from sampling_judge import Judge
 from sampling_ways import SCHEDULES, Way, comfyui, ours, sigmas
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-PROMPTS = [
-    f"a {style} emoji of a {noun} on a {colour} background"
-    for style, noun, colour in (
-        ("flat", "tiger", "green"), ("3d", "guitar", "blue"), ("3d", "red apple", "white"),
-        ("flat", "owl", "orange"), ("3d", "panda", "yellow"), ("flat", "pizza", "black"),
-        ("flat", "sailboat", "red"), ("3d", "octopus", "purple"),
-    )
-]  # fmt: skip
 REFERENCE_STEPS = 400
 
 

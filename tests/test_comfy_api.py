@@ -14,10 +14,8 @@ import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 
 import pytest
-from comfy_queue import Server
 from PIL import Image
 from queue_fake import heed_interrupts
 from workflow_files import ROOT, load
@@ -33,12 +31,6 @@ DOCS = ROOT / "docs" / "api.md"
 SMALL = ROOT / "workflows" / "api" / "chroma-small.json"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", DOCS.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 STATE = "chroma-queue.json"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(Path(CHECKOUT or ""), tmp_path_factory.mktemp("comfy") / "base") as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from chroma_nodes.chroma.nag import NAGSettings
 from chroma_nodes.chroma.pipeline import Settings
 from chroma_nodes.chroma.workflow import run_workflow
 from chroma_nodes.chroma.workflow.single import Extras, text_to_image
-from comfy_queue import Server
 from PIL import Image
 from workflow_files import API, INPUTS, load, on_small_model
 
@@ -21,12 +19,6 @@ CHECKOUT = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(
     not CHECKOUT, reason="COMFYUI_PATH is not set: no real ComfyUI to test against"
 )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(Path(CHECKOUT or ""), tmp_path_factory.mktemp("comfy") / "base") as running:
-        yield running
 
 
 def small_graph():

@@ -1,12 +1,10 @@
 """The two nodes of a whole picture on a real ComfyUI server. Set COMFYUI_PATH to a checkout."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 from chroma_nodes.chroma.tiny import files as small
-from comfy_queue import Server
 from PIL import Image
 from test_simple_nodes import pictures, two_nodes
 
@@ -14,12 +12,6 @@ CHECKOUT = os.environ.get("COMFYUI_PATH")
 pytestmark = pytest.mark.skipif(
     not CHECKOUT, reason="COMFYUI_PATH is not set: no real ComfyUI to test against"
 )
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with Server(Path(CHECKOUT or ""), tmp_path_factory.mktemp("comfy") / "base") as running:
-        yield running
 
 
 def test_the_picture_is_that_without_comfyui(server, tmp_path):
