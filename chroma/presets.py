@@ -18,6 +18,19 @@ class Preset:
     beta: float = 0.6
     shift: float = 1.0
 
+    def __str__(self) -> str:
+        """All of it in one line."""
+        options = " ".join(f"{name} {value:g}" for name, value in self.schedule_options.items())
+        schedule = f"{self.scheduler} ({options})" if options else self.scheduler
+        return (
+            f"{self.sampler}, {self.steps} steps, {schedule}, shift {self.shift:g}, "
+            f"cfg {self.cfg:g}"
+        )
+
+    def changed(self, steps: int, cfg: float) -> "Preset":
+        """With other steps and guidance scale, where these are not 0."""
+        return replace(self, steps=steps or self.steps, cfg=cfg or self.cfg)
+
     @property
     def schedule_options(self) -> dict[str, float]:
         """What the scheduler takes beside steps and shift."""

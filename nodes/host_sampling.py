@@ -75,13 +75,11 @@ def _set_sampling(model: ModelPatcher, base: type, **parameters: float) -> Model
 
 
 def apply_preset(
-    model: ModelPatcher, preset: Preset, steps: int | None = None
+    model: ModelPatcher, preset: Preset
 ) -> tuple[ModelPatcher, comfy.samplers.KSAMPLER, Tensor]:
-    """A clone at the preset's shift, its sampler, and its sigmas in so many or in its own steps."""
+    """A clone at the preset's shift, its sampler, and its sigmas."""
     model = set_constant_shift(model, preset.shift)
-    sigmas = schedule(
-        model, preset.scheduler, steps or preset.steps, 1.0, False, **preset.schedule_options
-    )
+    sigmas = schedule(model, preset.scheduler, preset.steps, 1.0, False, **preset.schedule_options)
     return model, comfy.samplers.KSAMPLER(SAMPLERS[preset.sampler]), sigmas
 
 

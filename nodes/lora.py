@@ -285,6 +285,6 @@ class ChromaFlashLora(io.ComfyNode):
     @classmethod
     def execute(cls, model, lora_name, strength, steps, how) -> io.NodeOutput:
         model, _, notes = apply_rows(model, None, [Row(lora_name, strength)], how)
-        notes.add(f"{FLASH.sampler}, {steps} steps, cfg {FLASH.cfg:g}")
-        shown = notes.tell(_node_id(cls))
-        return io.NodeOutput(*apply_preset(model, FLASH, steps), FLASH.cfg, ui=shown)
+        preset = FLASH.changed(steps, cfg=0.0)
+        notes.add(str(preset))
+        return io.NodeOutput(*apply_preset(model, preset), preset.cfg, ui=notes.tell(_node_id(cls)))

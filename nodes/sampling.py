@@ -4,10 +4,12 @@ from comfy.samplers import KSAMPLER
 from comfy_api.latest import io
 
 from ..chroma.noise import MAX_SEED
+from ..chroma.option import Option
 from ..chroma.presets import BASE, PRESETS
 from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
-from ..samplers.options import OPTIONS, Option
+from ..samplers.options import OPTIONS
 from .host import one_of
+from .host_report import Notes
 from .host_sampling import BatchNoise, apply_preset
 
 CATEGORY = "Chroma"
@@ -194,11 +196,7 @@ class ChromaPreset(io.ComfyNode):
                     "preset",
                     options=list(PRESETS),
                     default=next(iter(PRESETS)),
-                    tooltip="; ".join(
-                        f"{name}: {p.sampler}, {p.steps} steps, cfg {p.cfg:g}"
-                        for name, p in PRESETS.items()
-                    )
-                    + ".",
+                    tooltip=". ".join(f"{name}: {p}" for name, p in PRESETS.items()) + ".",
                 ),
             ],
             outputs=[
@@ -211,6 +209,7 @@ class ChromaPreset(io.ComfyNode):
                     display_name="cfg", tooltip="The preset's guidance scale, for CFGGuider's cfg."
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -220,4 +219,5 @@ class ChromaPreset(io.ComfyNode):
     @classmethod
     def execute(cls, model, preset: str) -> io.NodeOutput:
         p = PRESETS[preset]
-        return io.NodeOutput(*apply_preset(model, p), p.cfg)
+        shown = Notes([str(p)]).tell(cls.hidden and cls.hidden.unique_id)
+        return io.NodeOutput(*apply_preset(model, p), p.cfg, ui=shown)

@@ -13,6 +13,7 @@ from ..chroma.tiny import files as small
 from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate, one_of
 from .host_lora import config_of
 from .host_model import load_model
+from .host_report import Notes
 from .host_sampling import BatchNoise, apply_preset
 from .host_text import load_clip
 from .host_vae import load_vae
@@ -135,6 +136,7 @@ class ChromaTextToImage(io.ComfyNode):
                 ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="For Save Image.")],
+            hidden=[io.Hidden.unique_id],
             enable_expand=True,
         )
 
@@ -147,22 +149,23 @@ class ChromaTextToImage(io.ComfyNode):
         cls, model, clip, vae, prompt, negative_prompt, seed, width, height, batch_size, preset,
         steps, cfg,
     ) -> io.NodeOutput:  # fmt: skip
-        p, side = PRESETS[preset], own_size(config_of(model))
+        p, side = PRESETS[preset].changed(steps, cfg), own_size(config_of(model))
         width, height = width or side, height or side
         latent_size(width, height)
+        Notes([f"{width} x {height}, {p}"]).tell(cls.hidden and cls.hidden.unique_id)
         graph = GraphBuilder()
 
         def add(kind: str, **inputs: Any) -> Any:
             return graph.node(kind, **inputs).out(0)
 
-        model, sampler, sigmas = apply_preset(model, p, steps)
+        model, sampler, sigmas = apply_preset(model, p)
         rule = {"pad_rule": PadRule.REFERENCE.value, "prompt_per_line": False}
         guider = add(
             "CFGGuider",
             model=model,
             positive=add("ChromaTextEncode", clip=clip, text=prompt, **rule),
             negative=add("ChromaTextEncode", clip=clip, text=negative_prompt, **rule),
-            cfg=cfg or p.cfg,
+            cfg=p.cfg,
         )
         sampled = add(
             "SamplerCustomAdvanced",

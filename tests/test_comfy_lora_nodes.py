@@ -194,7 +194,8 @@ def test_flash_sets_what_belongs_to_it(loras, model):
     patched, _, sigmas, cfg = out.result
     close(run(patched), expected_of(merged(meant, changes, 1.0)))
     assert cfg == 1.0 and len(sigmas) == FLASH.steps + 1 and sigmas[0] == 1 and sigmas[-1] == 0
-    assert "flash, 8 steps, cfg 1" in out.ui.as_dict()["text"][0]
+    shown = out.ui.as_dict()["text"][0]
+    assert "flash, 8 steps, beta (alpha 0.6 beta 0.6), shift 1, cfg 1" in shown
 
 
 def test_info_tells_what_a_file_is(loras, model):

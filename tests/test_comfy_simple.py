@@ -26,6 +26,12 @@ def test_the_picture_is_that_without_comfyui(server, tmp_path):
         assert np.abs(ours - theirs).mean() < 2
 
 
+def test_it_tells_what_the_preset_and_the_zeros_stand_for(server):
+    assert server.run(two_nodes(steps=3, cfg=0)).ending == "execution_success"
+    assert f"{small.SIZE} x {small.SIZE}, flow_pec, 3 steps, beta (" in server.log()
+    assert "cfg 4" in server.log()
+
+
 def test_an_interrupt_ends_it(server):
     run = server.run(two_nodes(steps=500), interrupt_at=2)
     assert run.ending == "execution_interrupted"

@@ -488,7 +488,10 @@ def test_sampler_node_gives_the_named_sampler(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_preset_gives_what_belongs_together(model, name):
     preset = PRESETS[name]
-    shifted_model, sampler, sigmas, cfg = result(ChromaPreset.execute(model, name))
+    out = ChromaPreset.execute(model, name)
+    shifted_model, sampler, sigmas, cfg = result(out)
+    (shown,) = out.ui.as_dict()["text"]
+    assert f"{preset.sampler}, {preset.steps} steps" in shown and f"cfg {preset.cfg:g}" in shown
     assert shifted_model.get_model_object("model_sampling").shift == preset.shift
     assert sampler.sampler_function is SAMPLERS[preset.sampler]
     assert (len(sigmas), cfg) == (preset.steps + 1, preset.cfg)

@@ -81,7 +81,9 @@ def lora_info(context: Context, lora_name: str, model: Model | None):
 
 def flash_lora(context: Context, model: Model, lora_name, strength, steps, how):
     model, _ = apply_rows(context, model, None, [Row(lora_name, strength)], how)
-    return *apply_preset(model, FLASH, steps), FLASH.cfg
+    preset = FLASH.changed(steps, cfg=0.0)
+    log.info("%s", preset)
+    return *apply_preset(model, preset), preset.cfg
 
 
 def core_loader(context: Context, model, clip, lora_name, strength_model, strength_clip):

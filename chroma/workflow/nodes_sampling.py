@@ -1,11 +1,13 @@
 """This pack's samplers, presets and seeds as nodes without ComfyUI."""
 
+import logging
 from typing import Any
 
 from ...samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ...samplers.noise import RowSeeds
-from ...samplers.options import OPTIONS, Option
+from ...samplers.options import OPTIONS
 from ..noise import MAX_SEED
+from ..option import Option
 from ..presets import BASE, PRESETS, Preset
 from .nodes_chroma import MODEL, schedule
 from .schema import Input, NodeType
@@ -21,6 +23,8 @@ SAMPLER_NODES = {
     "res_2s": "ChromaRES2SSampler",
     "dpmpp_sde": "ChromaDPMppSDESampler",
 }
+
+log = logging.getLogger("chroma")
 
 
 def sampler(_: Context, sampler_name: str, eta: float, s_noise: float):
@@ -42,16 +46,17 @@ def _input(option: Option) -> Input:
     return Input(option.name, kind, option.default, option.low, option.high)
 
 
-def apply_preset(model: Model, preset: Preset, steps: int | None = None):
-    """The model at the preset's shift, its sampler, and its sigmas in so many or its own steps."""
+def apply_preset(model: Model, preset: Preset):
+    """The model at the preset's shift, its sampler, and its sigmas."""
     model = model.with_constant_shift(preset.shift)
     (sigmas,) = schedule(
-        model, preset.scheduler, steps or preset.steps, 1.0, False, **preset.schedule_options
+        model, preset.scheduler, preset.steps, 1.0, False, **preset.schedule_options
     )
     return model, SAMPLERS[preset.sampler], sigmas
 
 
 def preset(_: Context, model: Model, preset: str):
+    log.info("%s", PRESETS[preset])
     return *apply_preset(model, PRESETS[preset]), PRESETS[preset].cfg
 
 

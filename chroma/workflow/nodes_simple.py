@@ -1,5 +1,7 @@
 """Text to image in two nodes: one that loads everything, and one that makes the picture of it."""
 
+import logging
+
 from ..noise import MAX_SEED
 from ..pipeline import latent_size
 from ..presets import PRESETS, own_size
@@ -10,6 +12,8 @@ from .nodes_core import cfg_guider, empty_latent, sample, vae_decode
 from .nodes_sampling import apply_preset, batch_noise
 from .schema import Input, NodeType
 from .values import Context, Model
+
+log = logging.getLogger("chroma")
 
 
 def load(context: Context, model_name, text_encoder_name, vae_name, weight_dtype):
@@ -24,15 +28,16 @@ def text_to_image(
     context: Context, model: Model, clip, vae, prompt, negative_prompt, seed, width, height,
     batch_size, preset, steps, cfg,
 ):  # fmt: skip
-    p, side = PRESETS[preset], own_size(model.transformer.config)
+    p, side = PRESETS[preset].changed(steps, cfg), own_size(model.transformer.config)
     width, height = width or side, height or side
     latent_size(width, height)
-    model, sampler, sigmas = apply_preset(model, p, steps)
+    log.info("%d x %d, %s", width, height, p)
+    model, sampler, sigmas = apply_preset(model, p)
     positive, negative = (
         encode_text(context, clip, text, PadRule.REFERENCE.value, False)[0]
         for text in (prompt, negative_prompt)
     )
-    guider = cfg_guider(model, positive, negative, cfg or p.cfg)
+    guider = cfg_guider(model, positive, negative, p.cfg)
     (latent,) = empty_latent(context, width, height, batch_size)
     (noise,) = batch_noise(context, seed)
     sampled, _ = sample(context, noise, guider, sampler, sigmas, latent)
