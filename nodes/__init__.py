@@ -20,6 +20,7 @@ from . import (
     simple,
 )
 from .host_memory import tells_out_of_memory
+from .search import found_by_aliases
 
 NODES: list[type[io.ComfyNode]] = [
     simple.ChromaLoad,
@@ -76,4 +77,4 @@ class ChromaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_small_model()
         host_sampling.register()
-        return [tells_out_of_memory(node) for node in NODES]
+        return [found_by_aliases(tells_out_of_memory(node)) for node in NODES]
