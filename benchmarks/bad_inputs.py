@@ -2,7 +2,7 @@
 
     python benchmarks/bad_inputs.py --count 2000 --json benchmarks/results/bad_inputs.json
 
-The table of `tests/bad_inputs.py` runs in a process for each part of the pack, under limits of time
+The table of `tests/bad_run.py` runs in a process for each part of the pack, under limits of time
 and memory; `--count` inputs of each kind are made up by hypothesis; with `--comfyui CHECKOUT`, in
 that ComfyUI's environment, the bad requests go to a real server. Ends with status 1 if anything
 ended otherwise than in one clear error, or if a good picture is not the same afterwards.
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bad_fuzz import FUZZED, fuzz
-from bad_inputs import SURFACES, by_class, cases, complaint, run_surface
+from bad_run import SURFACES, by_class, cases, complaint, run_surface
 from bad_requests import BODIES, REQUESTS, ask, post_raw, write_files
 from bad_workflows import small_graph
 from comfy_queue import Server

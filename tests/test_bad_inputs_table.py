@@ -11,7 +11,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("limits of memory are set as on Linux", allow_module_level=True)
 
-from bad_inputs import SURFACES, Outcome, cases, complaint, run_surface
+from bad_run import SURFACES, Outcome, cases, complaint, run_surface
 
 LEAST = 150
 ALL = [(surface, i, case) for surface in SURFACES for i, case in enumerate(cases(surface))]

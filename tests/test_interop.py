@@ -48,13 +48,17 @@ WIDTHS = {
 }  # fmt: skip
 # ComfyUI has read `comfy_quant`, and turned the older files into it, since the same version.
 READS_SETTINGS = hasattr(comfy.utils, "convert_old_quants")
+READS_INT8 = READS_SETTINGS and "int8_tensorwise" in comfy.quant_ops.QUANT_ALGOS
 needs_settings = pytest.mark.skipif(
     not READS_SETTINGS, reason="this ComfyUI reads scaled_fp8 files only"
 )
+needs_int8 = pytest.mark.skipif(not READS_INT8, reason="this ComfyUI reads no int8 files")
 # Its products of int8 weights round the inputs to int8, too.
 INT8_TOLERANCE = 0.1
-LEGACY, SETTINGS = ("fp8", "fp8-learned"), ("fp8mixed", "int8")
-SAFETENSORS = [*LEGACY, *(pytest.param(target, marks=needs_settings) for target in SETTINGS)]
+SAFETENSORS = [
+    "fp8", "fp8-learned", pytest.param("fp8mixed", marks=needs_settings),
+    pytest.param("int8", marks=needs_int8),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Every bad input, tried in a process of its own under limits of time and memory.
 
-    python tests/bad_inputs.py SURFACE
+    python tests/bad_run.py SURFACE
 
 prints one JSON object a line: first of the limits, then one of each case, last of a good picture.
 """
