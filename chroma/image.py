@@ -69,6 +69,8 @@ def load_image(path: Path) -> tuple[Tensor, Tensor]:
         raise ImageError(f"{path} does not exist; check the name and the input folder") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path.name} is too large ({error}); make it smaller") from None
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow's readers raise nearly every type for damaged files
         reason = " ".join(str(error).split())
         raise ImageError(

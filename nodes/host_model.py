@@ -26,6 +26,7 @@ from ..chroma.quant.layers import pack, place
 from ..chroma.quant.products import EIGHT_BIT, EXACT, in_8_bits
 from ..chroma.transformer import ChromaTransformer
 from .host import DTYPES, compute_natively, weight_dtype
+from .host_memory import advise_in_sampling
 from .host_quant import HostLinear, QuantPatcher
 from .host_transformer import (
     MEMO,
@@ -51,8 +52,13 @@ def apply_transformer(model: ModelPatcher) -> ModelPatcher:
         return clone
     _patch(clone, adopt(native))
     clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _adopt_again)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, share_modulation)
+    _wrap_runs(clone)
     return clone
+
+
+def _wrap_runs(patcher: ModelPatcher) -> None:
+    for wrapper in (advise_in_sampling, share_modulation):
+        patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, wrapper)
 
 
 def _patch(patcher: ModelPatcher, transformer: HostTransformer) -> None:
@@ -198,7 +204,7 @@ def _build(
     if device.type == "cpu":
         pack(model.diffusion_model)
     patcher = QuantPatcher(model.to(offload).eval().requires_grad_(False), device, offload, size)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, share_modulation)
+    _wrap_runs(patcher)
     if hasattr(patcher, "cached_patcher_init"):
         patcher.cached_patcher_init = (build_model, (path, dtype, expand, products))
     return patcher

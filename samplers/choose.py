@@ -50,10 +50,12 @@ def choose(
     if s_noise != 1:
         options["s_noise"] = s_noise
     for option, value in options.items():
+        if not isinstance(value, int | float):
+            raise SamplingError(f"{option} of the sampler {name} is {value!r}; expected a number")
         if not takes(sampler, option):
             able = [other for other, function in samplers.items() if takes(function, option)]
             raise SamplingError(
-                f"the sampler {name} has no {option}, so {value:g} cannot be used; leave it alone, "
+                f"the sampler {name} has no {option}, so {value!r} cannot be used; leave it alone, "
                 f"or choose one of {', '.join(able) or 'the others'}"
             )
     if not options:

@@ -71,6 +71,8 @@ def test_options_that_do_not_fit():
         choose(SAMPLERS, "heun", s_noise=1.1)
     with pytest.raises(SamplingError, match=r"unknown sampler 'magic'.*euler"):
         choose(SAMPLERS, "magic")
+    with pytest.raises(SamplingError, match=r"order of the sampler deis is 'x'; expected a number"):
+        choose(SAMPLERS, "deis", order="x")
     for eta in (-0.5, float("nan")):
         with pytest.raises(SamplingError, match="sa_solver: eta"):
             choose(SAMPLERS, "sa_solver", eta=eta)

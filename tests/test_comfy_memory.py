@@ -6,11 +6,15 @@ import pytest
 import torch
 from chroma_nodes.chroma.errors import OutOfMemoryError
 from chroma_nodes.chroma.out_of_memory import REMEDY
+from chroma_nodes.chroma.tiny import files as small
 from comfy_inprocess import import_comfyui
 
 import_comfyui()
 
-from chroma_nodes.nodes.host_memory import tells_out_of_memory
+import comfy.sample
+from chroma_nodes.nodes.host_lora import config_of
+from chroma_nodes.nodes.host_memory import handled_by_comfyui, tells_out_of_memory
+from chroma_nodes.nodes.host_model import load_model
 from comfy_api.latest import io
 
 
@@ -47,6 +51,37 @@ def test_what_comfyui_handles_and_all_else_passes(error):
     with pytest.raises(type(error)) as told:
         node(error).execute()
     assert told.value is error
+    assert (REMEDY in str(error)) == handled_by_comfyui(error)
+
+
+def sample(model):
+    cond = [[torch.zeros(1, 3, config_of(model).context_dim), {}]]
+    latent = torch.zeros(1, 16, 4, 4)
+    return comfy.sample.sample(
+        model, latent, 2, 1.0, "euler", "simple", cond, cond, latent, disable_pbar=True, seed=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), OutOfMemoryError),
+        (MemoryError(), OutOfMemoryError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), torch.cuda.OutOfMemoryError),
+        (RuntimeError("shapes"), RuntimeError),
+    ],
+)
+def test_a_core_sampler_tells_what_to_try(error, told, monkeypatch):
+    model = load_model(small.TRANSFORMER, "bf16")
+    assert torch.isfinite(sample(model)).all()
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(model.model.diffusion_model, "forward", fail)
+    with pytest.raises(told) as raised:
+        sample(model)
+    assert (REMEDY in str(raised.value)) == ("memory" in str(raised.value))
 
 
 def test_a_node_that_goes_well_is_as_before():

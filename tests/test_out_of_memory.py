@@ -8,8 +8,10 @@ import torch
 from bad_workflows import INPUTS, good_picture, small_graph
 from chroma_nodes.chroma.cli import main
 from chroma_nodes.chroma.errors import OutOfMemoryError, WorkflowError
+from chroma_nodes.chroma.image import load_image
 from chroma_nodes.chroma.out_of_memory import REMEDY, is_out_of_memory, telling_out_of_memory
 from chroma_nodes.chroma.workflow import nodes_chroma, nodes_core, run_workflow
+from PIL import Image
 
 CPU = torch.device("cpu")
 ERRORS = {
@@ -110,3 +112,15 @@ def test_the_command_line_tells_it_in_one_line(monkeypatch, tmp_path, capsys):
     assert main(["inspect", "x.safetensors"]) == 2
     told = capsys.readouterr()
     assert told.out == "" and told.err == f"error: out of memory; {REMEDY}\n"
+
+
+def test_a_picture_for_which_there_is_no_memory_is_not_called_damaged(monkeypatch, tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(path)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(OutOfMemoryError), telling_out_of_memory():
+        load_image(path)
