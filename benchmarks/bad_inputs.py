@@ -1,15 +1,16 @@
 """How many bad inputs were tried, and how each kind of them ended.
 
-    python benchmarks/bad_inputs.py --count 2000 --json benchmarks/results/bad_inputs.json
+    COMFYUI_PATH=... python benchmarks/bad_inputs.py --json benchmarks/results/bad_inputs.json
 
 The table of `tests/bad_run.py` runs in a process for each part of the pack, under limits of time
-and memory; `--count` inputs of each kind are made up by hypothesis; with `--comfyui CHECKOUT`, in
-that ComfyUI's environment, the bad requests go to a real server. Ends with status 1 if anything
-ended otherwise than in one clear error, or if a good picture is not the same afterwards.
+and memory; `--count` inputs of each kind are made up by hypothesis; with a ComfyUI in COMFYUI_PATH,
+run in its environment, the bad requests go to a real server. Ends with status 1 if anything ended
+otherwise than in one clear error, or if a good picture is not the same afterwards.
 """
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -19,8 +20,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 
 from bad_fuzz import FUZZED, fuzz
-from bad_run import SURFACES, by_class, cases, complaint, run_surface
 from bad_requests import BODIES, REQUESTS, ask, post_raw, write_files
+from bad_run import SURFACES, by_class, cases, complaint, run_surface
 from bad_workflows import small_graph
 from comfy_queue import Server
 
@@ -38,33 +39,34 @@ def table() -> tuple[dict[str, dict[str, int]], list[str]]:
     return counts, wrong
 
 
-def requests(checkout: Path) -> tuple[dict[str, int], list[str]]:
-    """{ending: how many} of the requests to a server, and what is wrong."""
+def requests(checkout: Path) -> tuple[str, dict[str, int], list[str]]:
+    """ComfyUI's version, {ending: how many} of the requests to it, and what is wrong."""
     counts: Counter[str] = Counter()
     wrong = []
     with tempfile.TemporaryDirectory() as folder, Server(checkout, Path(folder) / "b") as server:
+        version = server.get("/system_stats")["system"]["comfyui_version"]
         write_files(server)
         for request in REQUESTS:
             ending, told = ask(server, request)
-            counts[ending] += 1
+            counts[f"status {ending}" if ending.isdigit() else ending] += 1
             if ending != request.ending or request.says not in told:
                 wrong.append(f"request, {request.name}: {ending} {told[:200]}")
         for body in BODIES.values():
-            counts[str(post_raw(server, body))] += 1
+            counts[f"status {post_raw(server, body)}"] += 1
         if server.run(small_graph()).ending != "execution_success":
             wrong.append("the server draws no more")
-    return dict(counts), wrong
+    return version, dict(counts), wrong
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=2000, help="made-up inputs of each kind")
-    parser.add_argument("--comfyui", type=Path, metavar="CHECKOUT")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the figures to this file")
     args = parser.parse_args()
     found, wrong = table()
-    if args.comfyui is not None:
-        found["requests"], more = requests(args.comfyui)
+    version, checkout = "without ComfyUI", os.environ.get("COMFYUI_PATH")
+    if checkout:
+        version, found["requests"], more = requests(Path(checkout))
         wrong += more
     with tempfile.TemporaryDirectory() as folder:
         made = {kind: dict(fuzz(kind, args.count, Path(folder))) for kind in FUZZED}
@@ -77,7 +79,8 @@ def main() -> int:
     if args.json is not None:
         result = {"python": platform.python_version(), "table": found, "made up": made,
                   "wrong": wrong}  # fmt: skip
-        args.json.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+        known = json.loads(args.json.read_text("utf-8")) if args.json.exists() else {}
+        args.json.write_text(json.dumps({**known, version: result}, indent=2) + "\n", "utf-8")
     return bool(wrong)
 
 
