@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from chroma_nodes.chroma.quant.ggml_types import GGML_TYPES
 from chroma_nodes.chroma.quant.gguf_formats import GGUF_FORMATS
 from chroma_nodes.chroma.quant.tensor import QuantTensor, concatenate
 
@@ -95,3 +96,8 @@ def test_matrices_below_each_other():
 def test_columns_fill_whole_blocks():
     with pytest.raises(ValueError, match="100 columns do not fill blocks of 32, which Q8_0 needs"):
         GGUF_FORMATS["Q8_0"].row_bytes(100)
+
+
+def test_the_table_of_types_is_the_packages():
+    theirs = {kind.name: (int(kind), *size) for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    assert {name: tuple(GGML_TYPES[name]) for name in theirs} == theirs

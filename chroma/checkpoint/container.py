@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..quant.gguf_formats import GGUF_FORMATS
+from ..quant.gguf_formats import GGUF_FORMATS, is_decodable
 from ..quant.tensor import QuantTensor
 from .gguf import GGUFHeader, map_tensors, read_gguf_header, t5_name
 from .reader import Header, TensorInfo, read_header, read_tensors
@@ -111,6 +111,12 @@ class GGUFCheckpoint:
                 raise CheckpointError(
                     f"{self.path.name}: {name} is in {type_name}, which is not read here; "
                     "expected Q8_0 or another common GGUF type, so choose that version"
+                )
+            if not is_decodable(type_name):
+                raise CheckpointError(
+                    f"{self.path.name}: {name} is in {type_name}, which needs a recent package "
+                    "gguf; run 'python -m pip install -U gguf' with the Python of ComfyUI, or "
+                    "choose a version in Q8_0"
                 )
             rows = data.shape[0]
             columns = shape[-1] if shape else 1

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..quant.ggml_types import GGML_TYPES
 from .gguf_cursor import Cursor
 from .reader import damaged
 
@@ -33,8 +33,7 @@ _VERSIONS = (2, 3)
 # The least bytes that a key (empty name, a type, one byte) and a tensor without axes take.
 _MIN_KEY, _MIN_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
-# Type number -> (name, elements in a block, bytes of a block)
-GGML_TYPES = {int(t): (t.name, *sizes) for t, sizes in GGML_QUANT_SIZES.items()}
+_NAMES = {kind.number: name for name, kind in GGML_TYPES.items()}
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -260,12 +259,13 @@ def _tensor(cursor: Cursor, name: str) -> GGUFTensor:
         raise damaged(path, f"{name} has {axes} axes, expected at most {MAX_AXES}")
     shape = tuple(cursor.number("<Q") for _ in range(axes))[::-1]
     number, offset = cursor.number("<I"), cursor.number("<Q")
-    if number not in GGML_TYPES:
+    if number not in _NAMES:
         raise CheckpointError(
             f"{path.name}: {name} is stored in type number {number}, which is not known here; "
             "choose the model's Q8_0 version"
         )
-    type_name, block, block_bytes = GGML_TYPES[number]
+    type_name = _NAMES[number]
+    _, block, block_bytes = GGML_TYPES[type_name]
     elements = math.prod(shape)
     if not 0 < elements <= MAX_ELEMENTS:
         raise damaged(path, f"{name} cannot have the shape {shape}")

@@ -7,12 +7,13 @@ from pathlib import Path
 from ..errors import CheckpointError, LoraError
 from ..lora.read import read_lora
 from ..lora.report import report, trigger_words
+from ..quant.ggml_types import GGML_TYPES
 from .container import Checkpoint, open_checkpoint
 from .identify import Kind, identify
 from .read import configure
 from .reader import BITS, TensorInfo
 from .stored import layer_settings, marked, scale_names
-from .write_gguf import TYPES, stored_bytes
+from .write_gguf import stored_bytes
 
 # What loads a kind of file, and the folder of ComfyUI in which it is looked for.
 _LOADERS = {
@@ -135,7 +136,7 @@ def _layer_formats(checkpoint: Checkpoint) -> dict[str, str]:
 
 def size_of(info: TensorInfo) -> int:
     """Bytes of a tensor's data."""
-    if info.dtype in TYPES:
+    if info.dtype in GGML_TYPES:
         return stored_bytes(info)
     return math.prod(info.shape) * BITS[info.dtype] // 8
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import CheckpointError, ChromaError
 from ..quant.floats import E4M3
 from ..quant.floats import INT8 as INT8_FORMAT
+from ..quant.ggml_types import GGML_TYPES
 from ..quant.gguf_encode import encode
 from ..quant.gguf_formats import GGUF_FORMATS
 from ..quant.learned import Rounded, quantise_fp8_learned
@@ -35,7 +36,7 @@ from .reader import BITS, SUFFIXES, TensorInfo
 from .recipe import FP8_LEARNED, INT8, Recipe, plan
 from .source import DTYPES, Source, open_source
 from .work_folder import WorkFolder, work_key
-from .write_gguf import TYPES, stored_bytes, write_gguf
+from .write_gguf import stored_bytes, write_gguf
 from .write_safetensors import TensorWriter, write_safetensors
 
 # (bytes of the source done, of how many, the tensor that was just done)
@@ -263,7 +264,8 @@ def _as_gguf(name: str, weight: Tensor, form: str) -> _Stored:
             )
         return _Stored({name: cast}, lambda part: cast[part].float())
     rows, columns = _shape(weight)
-    row_bytes = columns // TYPES[form].block * TYPES[form].block_bytes
+    _, block, block_bytes = GGML_TYPES[form]
+    row_bytes = columns // block * block_bytes
     data = torch.empty((rows, row_bytes), dtype=torch.uint8)
     for start in range(0, rows, CHUNK):
         part = slice(start, start + CHUNK)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import CheckpointError
+from ..quant.ggml_types import GGML_TYPES
 from .identify import Kind
 from .reader import TensorInfo
-from .write_gguf import TYPES
 
 # {target: GGML type of the matrices}
 GGUF_TARGETS = {
@@ -80,7 +80,7 @@ def _gguf_type(name: str, info: TensorInfo, kind: Kind, recipe: Recipe) -> str:
     if recipe.keeps(name) or (wanted not in FLOATS and _is_sensitive(name, kind)):
         return "F16" if info.dtype == "F16" else "BF16"
     # The tools in use fall back to F16 where a row does not fill whole blocks.
-    return "F16" if info.shape[1] % TYPES[wanted].block else wanted
+    return "F16" if info.shape[1] % GGML_TYPES[wanted].block else wanted
 
 
 def _safetensors_format(name: str, info: TensorInfo, kind: Kind, recipe: Recipe) -> str:

@@ -9,10 +9,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
-from gguf import GGML_QUANT_SIZES
-
+from ..quant.ggml_types import GGML_TYPES
 from .atomic import replacing
 from .reader import TensorInfo
 from .write_safetensors import TensorWriter
@@ -22,20 +20,9 @@ _VERSION = 3
 _UINT32, _FLOAT32, _STRING = 4, 6, 8
 
 
-class GGMLType(NamedTuple):
-    """A type's number in the file; `block` values of a row take `block_bytes` bytes."""
-
-    number: int
-    block: int
-    block_bytes: int
-
-
-TYPES = {kind.name: GGMLType(int(kind), *size) for kind, size in GGML_QUANT_SIZES.items()}
-
-
 def stored_bytes(info: TensorInfo) -> int:
     """Bytes of a tensor, whose dtype is a GGML type's name. Raises ValueError for odd columns."""
-    ggml = TYPES[info.dtype]
+    ggml = GGML_TYPES[info.dtype]
     columns = info.shape[-1] if info.shape else 1
     if columns % ggml.block:
         raise ValueError(f"{columns} columns do not fill {info.dtype}'s blocks of {ggml.block}")
@@ -59,7 +46,7 @@ def write_gguf(
         axes = tuple(reversed(info.shape))
         header += [
             _string(name),
-            struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, TYPES[info.dtype].number, at),
+            struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, GGML_TYPES[info.dtype].number, at),
         ]
         size = stored_bytes(info)
         places[name] = at, size

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import gguf
 import torch
 from torch import Tensor
 
+from .ggml_types import GGML_TYPES
 from .gguf_blocks import decode_q4_0, decode_q4_1, decode_q5_0, decode_q5_1, decode_q8_0
 from .gguf_k import decode_q2_k, decode_q3_k, decode_q4_k, decode_q5_k, decode_q6_k
 from .tensor import Decode, Format
@@ -30,20 +30,28 @@ _THEIRS = (
 )  # fmt: skip
 
 
-def _decode_by_package(kind: gguf.GGMLQuantizationType, data: Tensor, _: Tensor | None) -> Tensor:
-    values = gguf.quants.dequantize(data.cpu().numpy(), kind)
-    return torch.from_numpy(values).to(data.device)
+def _decode_by_package(name: str, data: Tensor, _: Tensor | None) -> Tensor:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[name]
+    return torch.from_numpy(gguf.quants.dequantize(data.cpu().numpy(), kind)).to(data.device)
 
 
-def _formats() -> dict[str, Format]:
-    formats = {}
-    for name in (*_OURS, *_THEIRS):
-        kind = getattr(gguf.GGMLQuantizationType, name, None)
-        if kind is not None:  # older releases of the package know fewer
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            decode = _OURS.get(name) or partial(_decode_by_package, kind)
-            formats[name] = Format(name, torch.uint8, decode, block, size)
-    return formats
+def is_decodable(name: str) -> bool:
+    """Whether a format of the table can be decoded here: the rarer ones need the gguf package."""
+    if name in _OURS:
+        return True
+    try:
+        import gguf
+    except ImportError:
+        return False
+    return name in gguf.GGMLQuantizationType.__members__  # older releases know fewer
 
 
-GGUF_FORMATS = _formats()
+def _format(name: str) -> Format:
+    _, block, block_bytes = GGML_TYPES[name]
+    decode = _OURS.get(name) or partial(_decode_by_package, name)
+    return Format(name, torch.uint8, decode, block, block_bytes)
+
+
+GGUF_FORMATS = {name: _format(name) for name in (*_OURS, *_THEIRS)}
