@@ -6,40 +6,40 @@ ComfyUI (COMFYUI_PATH), playwright, and a Chromium (CHROMIUM names another one t
 
 import base64
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+from browser_page import (
+    CHECKOUT,
+    CHROMIUM,
+    MILLISECONDS,
+    NODES,
+    TEMPLATES,
+    clear,
+    make_server,
+    open_browser,
+    open_page,
+)
 from chroma_nodes.chroma.workflow import run_workflow
-from comfy_queue import Server
 from PIL import Image
 from workflow_files import INPUTS, ROOT, UI, few_steps, load, on_small_model
 
-CHECKOUT = os.environ.get("COMFYUI_PATH")
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 if not CHECKOUT:
     pytest.skip("COMFYUI_PATH is not set: no real ComfyUI to test against", allow_module_level=True)
 if not CHROMIUM:
     pytest.skip("there is no chromium on PATH: no browser to test with", allow_module_level=True)
-playwright = pytest.importorskip(
+pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: no browser to test with"
 )
 
 PACK = "ComfyUI-Chroma"
 SMALL = "Chroma Nodes - Small model (no download)"
-BLANK = "Comfy.NewBlankWorkflow"
-TEMPLATES = re.compile("^Tem\u00ad?plates$")  # the sidebar's button, with or without a hyphen
 PROMPT = "a flat emoji of a frog on a white background"
 NEAR = 0.8  # the zoom at which nodes show their text
-MILLISECONDS = 120_000
 HELP = ROOT / "nodes" / "web" / "docs" / "ChromaTextEncode.md"
 
-NODES = "window.app.graph._nodes"
-READY = "() => window.app?.graph && window.app.extensionManager?.command?.commands?.length"
 # [x, y of the middle of a node's title on the page, zoom]
 PLACE = f"""title => {{
     const canvas = window.app.canvas, {{scale, offset}} = canvas.ds;
@@ -54,6 +54,10 @@ SHOWN = f"title => {NODES}.find(n => n.title === title)?.imgs?.[0]?.naturalWidth
 GRAPH = f"""() => {NODES}.map(n => [
     n.type, n.title, (n.widgets ?? []).map(w => w.value).filter(v => typeof v !== 'object'),
 ])"""
+# Whether the help shows a picture of that name.
+HELP_PICTURE = """name => [...document.querySelectorAll('.node-help-content img')].some(
+    picture => picture.src.endsWith(name) && picture.naturalWidth > 0 && picture.width > 0
+)"""
 # Whether the picture beside the name of a template is there, in its own width.
 THUMBNAIL = """([name, width]) => {
     let card = name;
@@ -70,23 +74,14 @@ FILE = """data => {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    running = Server(Path(CHECKOUT), tmp_path_factory.mktemp("comfy") / "base")
-    settings = running.base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir()
-    # The gallery opens by itself for a new user; the tests open it.
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True}))
-    with running:
+    with make_server(tmp_path_factory.mktemp("comfy") / "base") as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as runner:
-        # Containers have no user namespaces for the sandbox and little shared memory.
-        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
-        chromium = runner.chromium.launch(executable_path=CHROMIUM, args=flags)
+    with open_browser() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +101,6 @@ class User:
 
     def screenshot(self, name: str) -> None:
         self.page.screenshot(path=self.folder / f"{name}.png")
-
-    def clear(self) -> None:
-        self.page.evaluate(f"window.app.extensionManager.command.execute('{BLANK}')")
-        self.wait(f"() => {NODES}.length === 0")
 
     def open_gallery(self) -> None:
         self.page.get_by_text(TEMPLATES).first.click()
@@ -161,21 +152,15 @@ class User:
 
 @pytest.fixture(scope="module")
 def page(server, browser):
-    page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.set_default_timeout(MILLISECONDS)
-    page.goto(f"http://127.0.0.1:{server.port}")
-    page.wait_for_function(READY)
-    page.get_by_text(TEMPLATES).first.wait_for()
-    return page
+    return open_page(browser, server.port)
 
 
 @pytest.fixture
 def user(page, folder):
     """Before an empty canvas, whatever the test before left open."""
     page.keyboard.press("Escape")
-    person = User(page, folder)
-    person.clear()
-    return person
+    clear(page)
+    return User(page, folder)
 
 
 def load_ui(name):
@@ -232,7 +217,7 @@ def test_from_a_prompt_to_a_picture_and_back_from_the_picture(user, server):
         assert picture.size == (128, 128)
         assert PROMPT in picture.text["prompt"]
 
-    user.clear()
+    clear(user.page)
     user.drop(saved)
     user.wait(f"() => {NODES}.length === {len(load_ui(SMALL)['nodes'])}")
     with Image.open(saved) as picture:
@@ -285,4 +270,5 @@ def test_the_help_of_a_node_opens(user):
         "text => document.body.innerText.replace(/[\\W_]+/g, '').includes(text)",
         plain(text.split("\n")[0])[:60],
     )
+    user.wait(HELP_PICTURE, f"/docs/images/{HELP.stem}.webp")
     user.screenshot("help")
