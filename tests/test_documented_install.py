@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import venv
+import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ def run(command: list[str], folder: Path, env: dict[str, str]) -> str:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def need_to_build() -> None:
+    """Skip where pip could not build a package without fetching anything."""
+    found = {each.name.lower(): each.version for each in distributions()}
+    for name, least in (("pip", (21, 3)), ("setuptools", (70, 1))):
+        version = tuple(int(part) for part in re.findall(r"\d+", found.get(name, "0"))[:2])
+        if version < least:
+            pytest.skip(f"{name} {'.'.join(map(str, least))} is needed to build a package")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +67,7 @@ def environment(tmp_path_factory):
 
 @unix
 def test_installing_in_comfyui(clone, environment, tmp_path):
-    pytest.importorskip(
-        "setuptools", reason="pip builds with setuptools, which is not fetched here"
-    )
+    need_to_build()
     lines = block_with("git clone")
     assert URL in lines
     (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
@@ -70,6 +79,19 @@ def test_installing_in_comfyui(clone, environment, tmp_path):
         ["python", "-c", "import chroma_nodes; print(chroma_nodes.__file__)"], clone.parent, env
     )
     assert Path(found.strip()).parent == tmp_path / "ComfyUI" / "custom_nodes" / "ComfyUI-Chroma"
+
+
+@unix
+def test_a_wheel_has_the_small_model(clone, environment, tmp_path):
+    need_to_build()
+    env = {**environment, "PIP_NO_BUILD_ISOLATION": "false"}
+    run(["python", "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), "."], clone, env)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as built:
+        packed = {name.removeprefix("chroma_nodes/") for name in built.namelist()}
+    layers = ("chroma", "nodes", "samplers", "schedulers")
+    listed = run(["git", "ls-files", *layers], clone, HERE).splitlines()
+    assert {name for name in listed if not name.startswith("nodes/web/")} <= packed
 
 
 @unix
