@@ -262,6 +262,6 @@ def test_formats_that_are_only_read_are_refused_before_anything_is_written(tmp_p
     quantise_file(small.TRANSFORMER, "q4_k", base)
     files, _ = loras(tmp_path)
     monkeypatch.setattr(encode, "ENCODABLE", ("Q8_0",))
-    with pytest.raises(LoraError, match="--to bf16"):
+    with pytest.raises(LoraError, match="to: bf16"):
         merge_into_checkpoint(base, files, out)
     assert not out.exists()

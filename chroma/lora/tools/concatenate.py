@@ -105,8 +105,8 @@ def _total(
     kinds = ", ".join(sorted({block.adapter.kind for block in blocks}))
     if not rule.bounded or not all(isinstance(block.adapter, Additive) for block in blocks):
         raise LoraError(
-            f"{key}: {kinds} have no exact sum in one LoRA; expected adapters that add, and a rank "
-            "to reduce their sum to (--rank), or merge them into a checkpoint"
+            f"{key}: {kinds} have no exact sum in one LoRA; expected adapters that add, and a "
+            "rank to reduce their sum to, or merge them into a checkpoint"
         )
     total = torch.zeros(shape)
     for block in blocks:

@@ -39,7 +39,7 @@ def check_encodable(name: str, info: TensorInfo) -> None:
     if info.dtype not in (*DTYPES, *_CODES, *ENCODABLE):
         raise LoraError(
             f"{name} is stored as {info.dtype}, which cannot be written here; merge into bf16 "
-            "(--to bf16), or choose a base in Q8_0, fp8 or bf16"
+            "(to: bf16), or choose a base in Q8_0, fp8 or bf16"
         )
 
 
@@ -52,7 +52,9 @@ def encode_as(name: str, values: Tensor, info: TensorInfo, scale: Tensor | None)
         factor = 1.0 if scale is None else scale.float()
         data = (values / factor).to(DTYPES[info.dtype])
         if not bool(torch.isfinite(torch.stack(data.aminmax())).all()):
-            raise LoraError(f"{name}: a merged value is too large for {info.dtype}; use --to bf16")
+            raise LoraError(
+                f"{name}: a merged value is too large for {info.dtype}; choose bf16"
+            )
         return Stored(data, scale, data.float() * factor)
     if info.dtype in _CODES:
         return _as_codes(name, values, info.dtype, scale)
@@ -69,7 +71,9 @@ def _as_codes(name: str, values: Tensor, dtype: str, scale: Tensor | None) -> St
     factor = 1.0 if scale is None else scale.float().reshape(-1, *[1] * (values.ndim - 1))
     codes = values / factor
     if scale is None and float(codes.abs().max()) > most + half_step:
-        raise LoraError(f"{name}: a merged value is beyond {dtype}'s {most:g}; use --to bf16")
+        raise LoraError(
+            f"{name}: a merged value is beyond {dtype}'s {most:g}; choose bf16"
+        )
     codes = codes.clamp_(-most, most)
     data = codes.round_().to(torch.int8) if dtype == "I8" else codes.to(torch_dtype)
     held = data.view(form.dtype)

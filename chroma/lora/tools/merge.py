@@ -52,7 +52,7 @@ class Merged:
         if self.kept < _ENOUGH:
             lines.append(
                 f"rounding to the base's format kept {self.kept:.0%} of the change; merge into "
-                "bf16 (--to bf16), or load the LoRAs beside the base instead"
+                "bf16 (to: bf16), or load the LoRAs beside the base instead"
             )
         return lines
 

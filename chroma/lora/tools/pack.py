@@ -173,7 +173,7 @@ def pack(
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            raise LoraError(f"{name} is too large for {tensor.dtype}; choose another --dtype")
+            raise LoraError(f"{name} is too large for {tensor.dtype}; choose another dtype")
 
 
 def _settings(packer: _Packer, style: str) -> dict[str, str]:
