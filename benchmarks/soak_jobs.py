@@ -267,13 +267,13 @@ def refused() -> list[Job]:
         "no output": (headless, "no outputs"),
         "missing input": (unlinked, "sampler"),
         "file outside": (
-            _changed("ChromaLoadModel", model_name="../../x.safetensors"), "is not in the list"
+            _changed("ChromaLoadModel", model_name="../../x.safetensors"), " not in "
         ),
         "number out of range": (_changed("ChromaBetaScheduler", steps=0), "smaller than min"),
         "no number": (_changed("ChromaBetaScheduler", steps="many"), "steps"),
         "wrong link": (_changed("CFGGuider", model=vae), "MODEL"),
         "unknown sampler": (
-            _changed("ChromaSampler", sampler_name="eulr"), "is not in the list"
+            _changed("ChromaSampler", sampler_name="eulr"), " not in "
         ),
     }  # fmt: skip
     return [Job(Kind.REFUSED, name, *case) for name, case in cases.items()]

@@ -20,6 +20,7 @@ from . import (
     simple,
 )
 from .host_memory import tells_out_of_memory
+from .menus import checks_menus
 from .search import found_by_aliases
 
 NODES: list[type[io.ComfyNode]] = [
@@ -77,4 +78,4 @@ class ChromaExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_small_model()
         host_sampling.register()
-        return [found_by_aliases(tells_out_of_memory(node)) for node in NODES]
+        return [found_by_aliases(checks_menus(tells_out_of_memory(node))) for node in NODES]

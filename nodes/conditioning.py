@@ -4,7 +4,6 @@ from comfy_api.latest import io
 
 from ..chroma.prompt.tokens import describe, measure
 from ..chroma.text.encoder import PadRule
-from .host import one_of
 from .host_report import Notes
 from .host_text import PAD_RULE, adopt_clip
 
@@ -61,10 +60,6 @@ class ChromaTextEncode(io.ComfyNode):
             outputs=[conditioning_output()],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, pad_rule) -> bool | str:
-        return one_of(pad_rule=(pad_rule, PAD_RULES))
 
     @classmethod
     def execute(cls, clip, text: str, pad_rule: str, prompt_per_line: bool) -> io.NodeOutput:

@@ -3,7 +3,6 @@
 from comfy_api.latest import io
 
 from ..chroma.guidance.plan import CURVES, Guidance
-from .host import one_of
 from .host_guider import ChromaCFGGuider, patch_guidance
 
 CATEGORY = "Chroma"
@@ -86,10 +85,6 @@ class ChromaGuider(io.ComfyNode):
             ],
             outputs=[io.Guider.Output(display_name="GUIDER", tooltip="For SamplerCustomAdvanced.")],
         )  # fmt: skip
-
-    @classmethod
-    def validate_inputs(cls, curve) -> bool | str:
-        return one_of(curve=(curve, CURVES))
 
     @classmethod
     def execute(cls, model, positive, negative, **options) -> io.NodeOutput:

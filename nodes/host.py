@@ -1,6 +1,5 @@
 """Which model files ComfyUI knows, what its menus offer, and in which precision to load them."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import comfy.model_patcher
@@ -44,19 +43,6 @@ def gguf_files(category: str) -> list[str]:
         names, _ = folder_paths.recursive_search(folder, excluded_dir_names=[".git"])
         found.update(folder_paths.filter_files_extensions(names, [".gguf"]))
     return list(found.difference(folder_paths.get_filename_list(category)))
-
-
-def one_of(**menus: tuple[str | None, Iterable[str]]) -> bool | str:
-    """True if every value is in its menu, else one line that says which is not.
-
-    For nodes' validate_inputs, since not every ComfyUI checks the menus of such nodes itself. A
-    value of None comes over a link and is not known yet.
-    """
-    for name, (value, menu) in menus.items():
-        if value is not None and value not in (known := list(menu)):
-            shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-            return f"{name} {value!r} is not in the list; expected one of {shown}"
-    return True
 
 
 def locate(category: str, name: str, small_file: Path) -> Path:

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..chroma.checkpoint.inspect import describe, inspect_file
 from ..chroma.tiny import files as small
-from .host import choices, locate, one_of
+from .host import choices, locate
 from .host_report import Notes
 from .loading import CATEGORY
 
@@ -47,10 +47,6 @@ class ChromaInspect(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, file_name) -> bool | str:
-        return one_of(file_name=(file_name, inspectable()))
 
     @classmethod
     def execute(cls, file_name: str) -> io.NodeOutput:

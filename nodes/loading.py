@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..chroma.tiny import files as small
-from .host import AUTO, DTYPE_CHOICES, MODEL_DTYPE_CHOICES, choices, locate, one_of
+from .host import AUTO, DTYPE_CHOICES, MODEL_DTYPE_CHOICES, choices, locate
 from .host_model import apply_transformer, load_model
 from .host_text import load_clip
 from .host_vae import load_vae
@@ -47,13 +47,6 @@ class ChromaLoadModel(io.ComfyNode):
                     display_name="MODEL", tooltip="For LoRA, shift and sampler nodes of any pack."
                 )
             ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, model_name, weight_dtype) -> bool | str:
-        return one_of(
-            model_name=(model_name, choices("diffusion_models")),
-            weight_dtype=(weight_dtype, MODEL_DTYPE_CHOICES),
         )
 
     @classmethod
@@ -120,13 +113,6 @@ class ChromaLoadTextEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, text_encoder_name, weight_dtype) -> bool | str:
-        return one_of(
-            text_encoder_name=(text_encoder_name, choices("text_encoders")),
-            weight_dtype=(weight_dtype, DTYPE_CHOICES),
-        )
-
-    @classmethod
     def execute(cls, text_encoder_name: str, weight_dtype: str) -> io.NodeOutput:
         path = locate("text_encoders", text_encoder_name, small.TEXT_ENCODER)
         return io.NodeOutput(load_clip(path, weight_dtype))
@@ -155,10 +141,6 @@ class ChromaLoadVAE(io.ComfyNode):
                 )
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, vae_name) -> bool | str:
-        return one_of(vae_name=(vae_name, choices("vae")))
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:

@@ -13,7 +13,6 @@ from ..chroma.lora.report import report
 from ..chroma.lora.rows import NONE, ROWS, Row, chosen_rows, stack_of, stacked_rows
 from ..chroma.lora.strengths import parse_blocks
 from ..chroma.presets import FLASH
-from .host import one_of
 from .host_lora import AUTO, HOW, apply_to_clip, apply_to_model, config_of, read_for
 from .host_report import Notes
 from .host_sampling import apply_preset
@@ -134,9 +133,8 @@ class ChromaLoadLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name, how, blocks) -> bool | str:
-        valid = one_of(lora_name=(lora_name, lora_names()), how=(how, HOW))
-        return _blocks_are_text(blocks) if valid is True else valid
+    def validate_inputs(cls, blocks) -> bool | str:
+        return _blocks_are_text(blocks)
 
     @classmethod
     def execute(
@@ -179,13 +177,6 @@ class ChromaLoraStack(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_1, lora_2, lora_3, lora_4, how) -> bool | str:
-        names = [NONE, *lora_names()]
-        chosen = {"lora_1": lora_1, "lora_2": lora_2, "lora_3": lora_3, "lora_4": lora_4}
-        menus = {key: (value, names) for key, value in chosen.items()}
-        return one_of(**menus, how=(how, HOW))
-
-    @classmethod
     def execute(cls, model, how, clip=None, lora_stack=None, **rows) -> io.NodeOutput:
         stack = [*stacked_rows(lora_stack), *chosen_rows(rows)]
         model, clip, notes = apply_rows(model, clip, stack, how)
@@ -225,10 +216,6 @@ class ChromaLoraInfo(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, lora_name) -> bool | str:
-        return one_of(lora_name=(lora_name, lora_names()))
 
     @classmethod
     def execute(cls, lora_name, model=None) -> io.NodeOutput:
@@ -277,10 +264,6 @@ class ChromaFlashLora(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, lora_name, how) -> bool | str:
-        return one_of(lora_name=(lora_name, lora_names()), how=(how, HOW))
 
     @classmethod
     def execute(cls, model, lora_name, strength, steps, how) -> io.NodeOutput:

@@ -26,15 +26,14 @@ from ..chroma.lora.tools.resize import resize_lora
 from ..chroma.lora.tools.rules import RankRule
 from ..chroma.lora.tools.spell import COMFYUI, STYLES
 from ..chroma.tiny import files as small
-from .host import choices, one_of
+from .host import choices
 from .host import locate as locate_model
 from .host_lora import config_of
 from .host_report import Notes, progress_bar
 from .loading import CATEGORY
-from .lora import locate, lora_names
+from .lora import locate
 from .lora_tools_inputs import (
     all_true,
-    check_rows,
     check_rule,
     lora_input,
     model_input,
@@ -43,6 +42,7 @@ from .lora_tools_inputs import (
     rank_input,
     stack_inputs,
 )
+from .menus import wrong_choice
 from .quantizing import check_name, find_model, model_choices, own_name, writable_folder
 
 LORAS, TRANSFORMERS = "loras", "diffusion_models"
@@ -100,9 +100,8 @@ class ChromaConvertLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name, style, filename_prefix) -> bool | str:
-        menus = one_of(lora_name=(lora_name, lora_names()), style=(style, STYLES))
-        return all_true(menus, check_name(filename_prefix))
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return check_name(filename_prefix)
 
     @classmethod
     def execute(cls, lora_name, style, filename_prefix, model=None) -> io.NodeOutput:
@@ -132,8 +131,8 @@ class ChromaMergeLoras(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_1, lora_2, lora_3, lora_4, filename_prefix) -> bool | str:
-        return all_true(check_rows(lora_1, lora_2, lora_3, lora_4), check_name(filename_prefix))
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return check_name(filename_prefix)
 
     @classmethod
     def execute(cls, rank, filename_prefix, lora_stack=None, model=None, **rows) -> io.NodeOutput:
@@ -185,13 +184,12 @@ class ChromaResizeLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, lora_name, rank, measure, value, filename_prefix) -> bool | str:
-        menus = one_of(lora_name=(lora_name, lora_names()), measure=(measure, MEASURES))
-        limits = {} if measure in (None, NONE) else {measure: value}
-        ruled = True
-        if menus is True and measure is not None:
-            ruled = check_rule(rank, "measure", limits)
-        return all_true(menus, ruled, check_name(filename_prefix))
+    def validate_inputs(cls, rank, measure, value, filename_prefix) -> bool | str:
+        # ComfyUI leaves what it hands over to the node, the menu too.
+        ruled = wrong_choice(cls, {"measure": measure}) or True
+        if ruled is True and measure is not None:
+            ruled = check_rule(rank, "measure", {} if measure == NONE else {measure: value})
+        return all_true(ruled, check_name(filename_prefix))
 
     @classmethod
     def execute(cls, lora_name, rank, measure, value, filename_prefix, model=None) -> io.NodeOutput:
@@ -243,11 +241,9 @@ class ChromaExtractLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, original, tuned, rank, energy, filename_prefix) -> bool | str:
-        models = choices(TRANSFORMERS)
-        menus = one_of(original=(original, models), tuned=(tuned, models))
+    def validate_inputs(cls, rank, energy, filename_prefix) -> bool | str:
         limits = {} if energy == 0 else {"energy": energy}
-        return all_true(menus, check_rule(rank, "energy", limits), check_name(filename_prefix))
+        return all_true(check_rule(rank, "energy", limits), check_name(filename_prefix))
 
     @classmethod
     def execute(cls, original, tuned, rank, energy, filename_prefix) -> io.NodeOutput:
@@ -294,12 +290,8 @@ class ChromaMergeLoraIntoCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, model_name, lora_1, lora_2, lora_3, lora_4, to, filename_prefix
-    ) -> bool | str:
-        menus = one_of(model_name=(model_name, model_choices()), to=(to, TARGETS))
-        rows = check_rows(lora_1, lora_2, lora_3, lora_4)
-        return all_true(menus, rows, check_name(filename_prefix))
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return check_name(filename_prefix)
 
     @classmethod
     def execute(cls, model_name, to, filename_prefix, lora_stack=None, **rows) -> io.NodeOutput:

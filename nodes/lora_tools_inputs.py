@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..chroma.errors import LoraError
 from ..chroma.lora.rows import NONE, ROWS
 from ..chroma.lora.tools.rules import RankRule
-from .host import one_of
 from .lora import LoraStack, lora_names
 
 
@@ -77,12 +76,6 @@ def name_output() -> io.String.Output:
 def all_true(*checks: bool | str) -> bool | str:
     """True, or the first complaint."""
     return next((check for check in checks if check is not True), True)
-
-
-def check_rows(*names: str | None) -> bool | str:
-    """True where every row's file is in the menu."""
-    menu = [NONE, *lora_names()]
-    return one_of(**{f"lora_{i}": (name, menu) for i, name in enumerate(names, 1)})
 
 
 def check_rule(rank: int | None, other: str, limits: Mapping[str, float | None]) -> bool | str:

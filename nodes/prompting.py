@@ -19,12 +19,10 @@ from ..chroma.text.encoder import TextEmbedding
 from .conditioning import (
     CATEGORY,
     CLIP_TIP,
-    PAD_RULES,
     WEIGHTS_TIP,
     conditioning_output,
     pad_rule_input,
 )
-from .host import one_of
 from .host_report import Notes
 from .host_text import LENGTHS, PAD_RULE, ROWS, adopt_clip
 
@@ -150,10 +148,6 @@ class ChromaPromptTags(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, quality, separator) -> bool | str:
-        return one_of(quality=(quality, QUALITIES), separator=(separator, SEPARATORS))
-
-    @classmethod
     def execute(cls, text, quality, aesthetic, tags, separator, phrase, repeats) -> io.NodeOutput:
         made = tagged(
             text,
@@ -232,10 +226,6 @@ class ChromaLongTextEncode(io.ComfyNode):
             outputs=[conditioning_output()],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, pad_rule) -> bool | str:
-        return one_of(pad_rule=(pad_rule, PAD_RULES))
 
     @classmethod
     def execute(cls, clip, text: str, pad_rule: str) -> io.NodeOutput:

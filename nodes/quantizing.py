@@ -11,7 +11,7 @@ from ..chroma.checkpoint.quantise import quantise_file
 from ..chroma.checkpoint.recipe import TARGETS
 from ..chroma.errors import CheckpointError
 from ..chroma.tiny import files as small
-from .host import choices, locate, one_of
+from .host import choices, locate
 from .host_report import Notes, progress_bar
 from .loading import CATEGORY
 
@@ -91,17 +91,8 @@ class ChromaQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name, target_format, filename_prefix, calibration) -> bool | str:
-        named = check_name(filename_prefix)
-        return (
-            named
-            if named is not True
-            else one_of(
-                model_name=(model_name, model_choices()),
-                target_format=(target_format, TARGETS),
-                calibration=(calibration, _calibrations()),
-            )
-        )
+    def validate_inputs(cls, filename_prefix) -> bool | str:
+        return check_name(filename_prefix)
 
     @classmethod
     def execute(

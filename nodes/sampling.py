@@ -8,7 +8,6 @@ from ..chroma.option import Option
 from ..chroma.presets import BASE, PRESETS
 from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ..samplers.options import OPTIONS
-from .host import one_of
 from .host_report import Notes
 from .host_sampling import BatchNoise, apply_preset
 
@@ -56,10 +55,6 @@ class ChromaSampler(io.ComfyNode):
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip=SAMPLER_TIP)],
         )
-
-    @classmethod
-    def validate_inputs(cls, sampler_name) -> bool | str:
-        return one_of(sampler_name=(sampler_name, SAMPLERS))
 
     @classmethod
     def execute(
@@ -211,10 +206,6 @@ class ChromaPreset(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def validate_inputs(cls, preset) -> bool | str:
-        return one_of(preset=(preset, PRESETS))
 
     @classmethod
     def execute(cls, model, preset: str) -> io.NodeOutput:

@@ -6,7 +6,6 @@ from ..schedulers import SCHEDULERS
 from ..schedulers.curve import draw_sigmas
 from ..schedulers.options import OPTIONS
 from ..schedulers.shift import flux_shift
-from .host import one_of
 from .host_sampling import schedule, set_constant_shift, set_flux_shift
 
 CATEGORY = "Chroma"
@@ -76,10 +75,6 @@ class ChromaScheduler(io.ComfyNode):
         )
         description = "Sigmas of any of this pack's schedules, at its usual settings."
         return _schema("ChromaScheduler", "Chroma Scheduler", description, [name])
-
-    @classmethod
-    def validate_inputs(cls, scheduler_name) -> bool | str:
-        return one_of(scheduler_name=(scheduler_name, SCHEDULERS))
 
     @classmethod
     def execute(cls, model, steps, scheduler_name, denoise, compat) -> io.NodeOutput:
@@ -221,10 +216,6 @@ class ChromaModelShift(io.ComfyNode):
                 io.Model.Output(display_name="MODEL", tooltip="The same model with this shift.")
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, mode) -> bool | str:
-        return one_of(mode=(mode, [CONSTANT, RESOLUTION]))
 
     @classmethod
     def execute(cls, model, mode, shift, base_shift, max_shift, width, height) -> io.NodeOutput:

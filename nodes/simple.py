@@ -10,7 +10,7 @@ from ..chroma.pipeline import latent_size
 from ..chroma.presets import PRESETS, own_size
 from ..chroma.text.encoder import PadRule
 from ..chroma.tiny import files as small
-from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate, one_of
+from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate
 from .host_lora import config_of
 from .host_model import load_model
 from .host_report import Notes
@@ -61,15 +61,6 @@ class ChromaLoad(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoder, in auto precision."),
                 io.Vae.Output(display_name="VAE", tooltip="The autoencoder."),
             ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, model_name, text_encoder_name, vae_name, weight_dtype) -> bool | str:
-        return one_of(
-            model_name=(model_name, choices("diffusion_models")),
-            text_encoder_name=(text_encoder_name, choices("text_encoders")),
-            vae_name=(vae_name, choices("vae")),
-            weight_dtype=(weight_dtype, MODEL_DTYPE_CHOICES),
         )
 
     @classmethod
@@ -139,10 +130,6 @@ class ChromaTextToImage(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             enable_expand=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, preset) -> bool | str:
-        return one_of(preset=(preset, PRESETS))
 
     @classmethod
     def execute(

@@ -1,8 +1,10 @@
 """ComfyUI imported into the test process (COMFYUI_PATH names its checkout), and small weights."""
 
+import inspect
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +33,20 @@ def import_comfyui() -> None:
         import comfy.sd
     finally:
         sys.argv = argv
+
+
+def complaint(node: Any, **values: Any) -> str | None:
+    """What is said of a node's inputs before it is queued, by its menus and by itself."""
+    from chroma_nodes.nodes.menus import wrong_choice
+
+    if wrong := wrong_choice(node, values):
+        return wrong
+    own = vars(node).get("validate_inputs")
+    if own is None:
+        return None
+    names = list(inspect.signature(own.__func__).parameters)[1:]
+    told = own.__func__(node, **{name: values.get(name) for name in names})
+    return None if told is True else told
 
 
 def random_t5(seed: int = 0, config: T5Config = TEXT) -> T5Encoder:

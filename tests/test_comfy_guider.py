@@ -17,7 +17,7 @@ from chroma_nodes.chroma.sampling import sample_latent
 from chroma_nodes.chroma.text.encoder import TextEmbedding
 from chroma_nodes.chroma.workflow import nodes_guidance
 from chroma_nodes.samplers import SAMPLERS
-from comfy_inprocess import import_comfyui, write_small_files
+from comfy_inprocess import complaint, import_comfyui, write_small_files
 from oracles import SMALL, random_transformer
 
 import_comfyui()
@@ -352,8 +352,9 @@ def test_only_flow_models_are_guided(model):
 def test_unusable_options_are_one_line(model):
     with pytest.raises(SamplingError, match=r"^interval_start 0\.2 is below interval_end 0\.7"):
         chroma_guider(model, interval_start=0.2, interval_end=0.7)
-    assert "curve 'square' is not in the list" in guiding.ChromaGuider.validate_inputs("square")
-    assert guiding.ChromaGuider.validate_inputs("cosine") is True
+    told = complaint(guiding.ChromaGuider, curve="square")
+    assert told and "curve 'square' is not in the list" in told
+    assert complaint(guiding.ChromaGuider, curve="cosine") is None
 
 
 def test_a_sampler_that_goes_around_the_guider_is_told(model):

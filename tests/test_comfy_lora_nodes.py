@@ -13,7 +13,7 @@ from chroma_nodes.chroma.errors import LoraError
 from chroma_nodes.chroma.presets import FLASH
 from chroma_nodes.chroma.text.encoder import TextEncoder
 from chroma_nodes.chroma.text.t5 import T5Encoder
-from comfy_inprocess import import_comfyui
+from comfy_inprocess import complaint, import_comfyui
 from lora_files import TEXT_PREFIX, linears, write_lora
 from safetensors.torch import load_file, save_file
 from stored_files import SAFETENSORS, gguf_file, llama_name
@@ -208,14 +208,19 @@ def test_info_tells_what_a_file_is(loras, model):
 
 def test_menus_and_texts_are_checked_before_the_run(loras):
     put(loras, "a.safetensors")
-    assert ChromaLoadLora.validate_inputs("a.safetensors", "auto", "double: 1") is True
-    assert "not in the list" in ChromaLoadLora.validate_inputs("../a.safetensors", "auto", "")
-    assert "not in the list" in ChromaLoadLora.validate_inputs("a.safetensors", "merge", "")
-    assert "is not usable" in ChromaLoadLora.validate_inputs("a.safetensors", "auto", "doubles 1")
-    rows = ["a.safetensors", "none", "none", "/etc/passwd"]
-    assert "lora_4 '/etc/passwd'" in ChromaLoraStack.validate_inputs(*rows, "auto")
-    assert "not in the list" in ChromaLoraInfo.validate_inputs("x")
-    assert "not in the list" in ChromaFlashLora.validate_inputs("x", "auto")
+    good = {"lora_name": "a.safetensors", "how": "auto", "blocks": "double: 1"}
+    assert complaint(ChromaLoadLora, **good) is None
+    assert complaint(ChromaLoadLora, **good | {"lora_name": None}) is None
+    for changes, told in (
+        ({"lora_name": "../a.safetensors"}, "lora_name '../a.safetensors' is not in the list"),
+        ({"how": "merge"}, "how 'merge' is not in the list"),
+        ({"blocks": "doubles 1"}, "is not usable"),
+    ):
+        assert told in (complaint(ChromaLoadLora, **good | changes) or "")
+    rows = {"lora_1": "a.safetensors", "lora_2": "none", "lora_4": "/etc/passwd"}
+    assert "lora_4 '/etc/passwd'" in (complaint(ChromaLoraStack, **rows) or "")
+    for node in (ChromaLoraInfo, ChromaFlashLora):
+        assert "not in the list" in (complaint(node, lora_name="x") or "")
 
 
 def test_a_quantised_clip_is_as_before(tmp_path, loras, model):

@@ -1,7 +1,9 @@
 """LoRA nodes on a real ComfyUI server: run after run with other LoRAs. Set COMFYUI_PATH."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import psutil
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 Q8_0 = "small.gguf"
 FILES, WAYS = 4, ("auto", "patch", "bypass")
 CYCLE = FILES * len(WAYS)  # runs after which the same file comes with the same way again
-WARM_UP, RUNS = 2 * CYCLE, 50
+WARM_UP, RUNS = 2 * CYCLE, 5 * CYCLE
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +78,10 @@ def test_memory_does_not_grow_with_the_loras_that_were_used(server, model_name):
     for i in range(WARM_UP + RUNS):
         picture(server, graph(i, model_name))
         used.append(process.memory_info().rss)
-    # What it falls back to within a cycle: some runs end with a copy of the merged weights.
-    early, late = min(used[WARM_UP : WARM_UP + CYCLE]), min(used[-CYCLE:])
-    assert late <= 1.01 * early, used
+    # What it falls back to within a cycle: some runs end with a copy of the merged weights. From
+    # cycle to cycle, since the memory that is kept for later may grow once, in a step.
+    least = [min(used[i : i + CYCLE]) for i in range(WARM_UP, len(used) - CYCLE + 1, CYCLE)]
+    assert median(b - a for a, b in pairwise(least)) <= 0.003 * least[0], least
 
 
 @pytest.mark.parametrize("model_name", [small.LABEL, Q8_0])

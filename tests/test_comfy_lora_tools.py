@@ -18,7 +18,7 @@ from chroma_nodes.chroma.errors import ChromaError, LoraError
 from chroma_nodes.chroma.lora.adapters import LowRank
 from chroma_nodes.chroma.lora.read import read_lora
 from chroma_nodes.chroma.tiny import files as small
-from comfy_inprocess import COMFYUI, import_comfyui
+from comfy_inprocess import COMFYUI, complaint, import_comfyui
 from comfy_queue import Server
 from lora_files import TEXT_PREFIX, write_lora
 from safetensors.torch import load_file, save_file
@@ -342,43 +342,56 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(comfy_folders, loras, mo
         assert files_in(comfy_folders.root) == before
 
 
-NAMES = ["a.safetensors", "none", "none", "b.safetensors"]
-BAD_ROW = [*NAMES[:3], "/etc/passwd"]
+ROWS_OF = {"lora_1": "a.safetensors", "lora_2": "none", "lora_4": "b.safetensors"}
+GOOD = {
+    "ChromaConvertLora": {
+        "lora_name": "a.safetensors", "style": "kohya", "filename_prefix": "",
+    },
+    "ChromaMergeLoras": {**ROWS_OF, "filename_prefix": "x"},
+    "ChromaResizeLora": {
+        "lora_name": "a.safetensors", "rank": 4, "measure": "none", "value": 0.9,
+        "filename_prefix": "",
+    },
+    "ChromaExtractLora": {
+        "original": small.LABEL, "tuned": small.LABEL, "rank": 4, "energy": 0.0,
+        "filename_prefix": "",
+    },
+    "ChromaMergeLoraIntoCheckpoint": {
+        "model_name": BASE, **ROWS_OF, "to": "bf16", "filename_prefix": "",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("node", "values", "says"),
+    ("node", "changes", "says"),
     [
-        ("ChromaConvertLora", ["a.safetensors", "kohya", ""], None),
-        ("ChromaConvertLora", [None, None, None], None),
-        ("ChromaConvertLora", ["../a.safetensors", "kohya", ""], "lora_name '../a.safetensors'"),
-        ("ChromaConvertLora", ["a.safetensors", "flux", ""], "style 'flux' is not in the list"),
-        ("ChromaConvertLora", ["a.safetensors", "kohya", "../x"], "'../x' is no name"),
-        ("ChromaMergeLoras", [*NAMES, "x"], None),
-        ("ChromaMergeLoras", [*BAD_ROW, "x"], "lora_4 '/etc/passwd'"),
-        ("ChromaMergeLoras", [*NAMES, "C:x"], "'C:x' is no name"),
-        ("ChromaResizeLora", ["a.safetensors", 4, "none", 99.0, ""], None),
-        ("ChromaResizeLora", ["a.safetensors", 0, "sv_ratio", 20.0, ""], None),
-        ("ChromaResizeLora", ["a.safetensors", None, "none", 0.9, ""], None),
-        ("ChromaResizeLora", ["a.safetensors", 0, "none", 0.9, ""], "a limit by measure; expected"),
-        ("ChromaResizeLora", ["a.safetensors", 4, "sv_ratio", 0.9, ""], "sv_ratio is 0.9"),
-        ("ChromaResizeLora", ["a.safetensors", 4, "sv_fro", 20.0, ""], "sv_fro is 20.0"),
-        ("ChromaResizeLora", ["a.safetensors", 4, "energy", 0.5, ""], "measure 'energy'"),
-        ("ChromaExtractLora", [small.LABEL, small.LABEL, 4, 0.0, ""], None),
-        ("ChromaExtractLora", [small.LABEL, "../x", 4, 0.0, ""], "tuned '../x' is not in"),
-        ("ChromaExtractLora", [small.LABEL, small.LABEL, 0, 0.0, ""], "a limit by energy; expect"),
-        ("ChromaMergeLoraIntoCheckpoint", [BASE, *NAMES, "bf16", ""], None),
-        ("ChromaMergeLoraIntoCheckpoint", ["loras/x", *NAMES, "bf16", ""], "model_name 'loras/x'"),
-        ("ChromaMergeLoraIntoCheckpoint", [BASE, *BAD_ROW, "bf16", ""], "lora_4 '/etc/passwd'"),
-        ("ChromaMergeLoraIntoCheckpoint", [BASE, *NAMES, "kohya", ""], "to 'kohya' is not in"),
+        *((node, {}, None) for node in GOOD),
+        ("ChromaConvertLora", dict.fromkeys(GOOD["ChromaConvertLora"]), None),
+        ("ChromaConvertLora", {"lora_name": "../a.safetensors"}, "lora_name '../a.safetensors'"),
+        ("ChromaConvertLora", {"style": "flux"}, "style 'flux' is not in the list"),
+        ("ChromaConvertLora", {"filename_prefix": "../x"}, "'../x' is no name"),
+        ("ChromaMergeLoras", {"lora_4": "/etc/passwd"}, "lora_4 '/etc/passwd'"),
+        ("ChromaMergeLoras", {"filename_prefix": "C:x"}, "'C:x' is no name"),
+        ("ChromaResizeLora", {"rank": 0, "measure": "sv_ratio", "value": 20.0}, None),
+        ("ChromaResizeLora", {"rank": None}, None),
+        ("ChromaResizeLora", {"measure": None}, None),
+        ("ChromaResizeLora", {"rank": 0}, "a limit by measure; expected"),
+        ("ChromaResizeLora", {"measure": "sv_ratio"}, "sv_ratio is 0.9"),
+        ("ChromaResizeLora", {"measure": "sv_fro", "value": 20.0}, "sv_fro is 20.0"),
+        ("ChromaResizeLora", {"measure": "energy", "value": 0.5}, "measure 'energy'"),
+        ("ChromaExtractLora", {"tuned": "../x"}, "tuned '../x' is not in"),
+        ("ChromaExtractLora", {"rank": 0}, "a limit by energy; expect"),
+        ("ChromaMergeLoraIntoCheckpoint", {"model_name": "loras/x"}, "model_name 'loras/x'"),
+        ("ChromaMergeLoraIntoCheckpoint", {"lora_4": "/etc/passwd"}, "lora_4 '/etc/passwd'"),
+        ("ChromaMergeLoraIntoCheckpoint", {"to": "kohya"}, "to 'kohya' is not in"),
     ],
 )
-def test_values_are_checked_before_the_run(loras, node, values, says):
-    told = getattr(lora_tools, node).validate_inputs(*values)
+def test_values_are_checked_before_the_run(loras, node, changes, says):
+    told = complaint(getattr(lora_tools, node), **GOOD[node] | changes)
     if says is None:
-        assert told is True
+        assert told is None
     else:
-        assert isinstance(told, str) and says in told and "\n" not in told
+        assert told and says in told and "\n" not in told
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])

@@ -18,7 +18,7 @@ from chroma_nodes.chroma.text.encoder import PadRule, TextEncoder
 from chroma_nodes.chroma.text.tokenizer import Tokenizer
 from chroma_nodes.chroma.tiny import files as small
 from chroma_nodes.chroma.workflow import Context, nodes_prompt
-from comfy_inprocess import import_comfyui, random_t5, write_small_files
+from comfy_inprocess import complaint, import_comfyui, random_t5, write_small_files
 
 import_comfyui()
 
@@ -169,11 +169,11 @@ def test_tags(changes, wanted):
 
 
 def test_menus_refuse_what_is_not_in_them():
-    valid = prompting.ChromaPromptTags.validate_inputs
-    assert valid(quality="none", separator="comma") is True
-    assert "'best' is not in the list" in valid(quality="best", separator="comma")
-    assert "'dash' is not in the list" in valid(quality=None, separator="dash")
-    assert "'x' is not" in prompting.ChromaLongTextEncode.validate_inputs(pad_rule="x")
+    tags = prompting.ChromaPromptTags
+    assert complaint(tags, quality="none", separator="comma") is None
+    assert "'best' is not in the list" in (complaint(tags, quality="best") or "")
+    assert "'dash' is not in the list" in (complaint(tags, quality=None, separator="dash") or "")
+    assert "'x' is not" in (complaint(prompting.ChromaLongTextEncode, pad_rule="x") or "")
 
 
 def test_the_check_reports_in_the_node_and_the_log(clip, encoder, caplog):

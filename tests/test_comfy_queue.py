@@ -161,8 +161,32 @@ def test_names_that_leave_the_folder_are_refused(server, name):
             node["inputs"]["model_name"] = name
     status, reply = server.post("/prompt", {"prompt": prompt})
     assert status == 400
-    error = next(iter(reply["node_errors"].values()))["errors"][0]
-    assert "is not in the list" in error["details"] and "\n" not in error["details"]
+    errors = next(iter(reply["node_errors"].values()))["errors"]
+    assert all(" not in " in one["details"] and "\n" not in one["details"] for one in errors)
+
+
+def test_every_menu_is_checked_before_anything_runs(server):
+    """By ComfyUI where it does that, which then names the menu alone; else by the pack."""
+    for kind, info in server.get("/object_info").items():
+        if not kind.startswith("Chroma"):
+            continue
+        inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+        for name in (name for name, (type_, *_) in inputs.items() if type_ == "COMBO"):
+            values = {
+                other: options[0]["default"]
+                for other, (_, *options) in inputs.items()
+                if options and "default" in options[0]
+            }
+            node = {"class_type": kind, "inputs": {**values, name: "no such choice"}}
+            shown = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+            status, reply = server.post("/prompt", {"prompt": {"1": node, "2": shown}})
+            assert status == 400, (kind, name)
+            told = [
+                error["details"]
+                for error in reply["node_errors"]["1"]["errors"]
+                if "no such choice" in error["details"]
+            ]
+            assert told and all(name in one and " not in " in one for one in told), (kind, name)
 
 
 def test_a_bad_file_is_one_line_and_the_server_lives(server):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from chroma_nodes.schedulers import SCHEDULERS, get_sigmas
 from chroma_nodes.schedulers.options import OPTIONS
-from comfy_inprocess import import_comfyui
+from comfy_inprocess import complaint, import_comfyui
 
 import_comfyui()
 
@@ -34,8 +34,9 @@ def model_shift(model):
 def test_every_schedule_by_its_name(model, name):
     exact = result(ChromaScheduler.execute(model, 12, name, 1.0, False))
     assert torch.equal(exact, get_sigmas(name, 12, shift=model_shift(model)))
-    assert ChromaScheduler.validate_inputs(name) is True
-    assert "scheduler_name 'karras' is not in the list" in ChromaScheduler.validate_inputs("karras")
+    assert complaint(ChromaScheduler, scheduler_name=name) is None
+    told = complaint(ChromaScheduler, scheduler_name="karras")
+    assert told and "scheduler_name 'karras' is not in the list" in told
     picture = result(ChromaSigmaCurve.execute(exact, name))
     assert picture.shape == (1, 480, 768, 3) and 0 <= picture.min() < picture.max() <= 1
 
