@@ -157,6 +157,7 @@ def generate_pictures(args: argparse.Namespace) -> list[str]:
         },
         args.dtype, _extras(args, len(prompts)),
     )  # fmt: skip
+    _check_files(args)
     loras = loras_from(args)
     prompt = insert_loras(prompt, loras, REGISTRY)
     context = new_context(args, prompt, Path(), Path(), args.out.parent)
@@ -180,6 +181,14 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise PromptError(f"--prompts {args.prompts} holds no prompt; expected one a line")
     return prompts
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    for flag in ("model", "text_encoder", "tokenizer", "vae", "image", "mask"):
+        path = getattr(args, flag)
+        if path is not None and not path.is_file():
+            error = ImageError if flag in ("image", "mask") else CheckpointError
+            raise error(f"--{flag.replace('_', '-')}: there is no file {path}; give its whole path")
 
 
 def _files(args: argparse.Namespace) -> dict[tuple[str, str], Path]:

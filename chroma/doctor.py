@@ -97,7 +97,7 @@ def _device(device: torch.device) -> Device:
         reason = "bf16 instructions" if cpu_has_bf16() else "no bf16 instructions were found"
         cores = f"{psutil.cpu_count(logical=False) or os.cpu_count()} cores"
         flags = ", ".join(_cpu_flags()) or "no known vector instructions"
-        return Device("cpu", f"{cores}, {torch.get_num_threads()} threads, {flags}",
+        return Device("cpu", f"{cores}, threads: {torch.get_num_threads()}, {flags}",
                       memory.available, memory.total, name, reason)  # fmt: skip
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -138,7 +138,8 @@ def _formats(device: torch.device) -> dict[str, str]:
     told = {
         "bf16": "fast: computed as it is" if native == "bfloat16" else f"computed in {native}",
         "fp16": "fast: computed as it is" if native == "float16" else f"computed in {native}",
-        "fp8": expanded, "GGUF Q8_0": expanded, "GGUF Q6_K to Q4_0": f"{expanded}; the smallest",
+        "fp8": expanded, "GGUF Q8_0": expanded,
+        "GGUF Q6_K to Q4_0": f"{expanded}; the smallest files",
     }  # fmt: skip
     kernels = available(device)
     for kind in EIGHT_BIT:
@@ -168,8 +169,9 @@ def lines(found: Diagnosis) -> list[str]:
     """A diagnosis for people, one fact a line."""
     out = [f"Python {found.python} on {found.system}"]
     out += [f"{name} {version}" for name, version in found.packages.items()]
-    out.append(f"ComfyUI: found: {found.comfyui['found']}"
-               + (f", version {v}" if (v := found.comfyui.get("version")) else ""))  # fmt: skip
+    version = found.comfyui.get("version")
+    absent = "not found, which matters inside ComfyUI alone; COMFYUI_PATH names its folder"
+    out.append(f"ComfyUI: {absent if version is None else version}")
     for device in found.devices:
         out.append(f"{device.name}: {device.description}")
         out.append(f"  {device.free / 1e9:.1f} of {device.total / 1e9:.1f} GB free")

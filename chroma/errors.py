@@ -4,6 +4,10 @@
 class ChromaError(ValueError):
     """Bad input to this package; the message is one line meant for the user."""
 
+    def __init_subclass__(cls) -> None:
+        # ComfyUI loads the pack under the path of its folder, and shows an error's module.
+        cls.__module__ = "chroma_nodes.errors"
+
 
 class CheckpointError(ChromaError):
     """A model file is unreadable, of another model, incomplete or damaged."""

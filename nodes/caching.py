@@ -3,9 +3,9 @@
 from comfy_api.latest import io
 
 from ..chroma.caching import CacheSettings
+from . import categories
 from .host_caching import patch_cache
 from .host_model import apply_transformer
-from .loading import CATEGORY
 
 
 class ChromaBlockCache(io.ComfyNode):
@@ -14,7 +14,7 @@ class ChromaBlockCache(io.ComfyNode):
         return io.Schema(
             node_id="ChromaBlockCache",
             display_name="Chroma Block Cache",
-            category=CATEGORY,
+            category=categories.GUIDANCE,
             description="Saves up to half of the time: where the first block changes little from "
             "step to step, the others are not run and what they added the last time is added "
             "again. The console tells how many passes were skipped.",

@@ -4,10 +4,10 @@ from comfy_api.latest import io
 
 from ..chroma.prompt.tokens import describe, measure
 from ..chroma.text.encoder import PadRule
+from . import categories
 from .host_report import Notes
 from .host_text import PAD_RULE, adopt_clip
 
-CATEGORY = "Chroma"
 PAD_RULES = [rule.value for rule in PadRule]
 CLIP_TIP = "From Load Chroma Text Encoder, or CLIPLoader with type chroma."
 WEIGHTS_TIP = "(word:1.2) weighs a word more, (word:0.8) less."
@@ -37,7 +37,7 @@ class ChromaTextEncode(io.ComfyNode):
         return io.Schema(
             node_id="ChromaTextEncode",
             display_name="Chroma Text Encode",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Encode a prompt the way Chroma was trained: T5 does not see the padding, "
             "the transformer sees one token of it.",
             inputs=[

@@ -3,9 +3,8 @@
 from comfy_api.latest import io
 
 from ..chroma.guidance.plan import CURVES, Guidance
+from . import categories
 from .host_guider import ChromaCFGGuider, patch_guidance
-
-CATEGORY = "Chroma"
 
 
 def _number(name: str, default: float, low: float, high: float, tip: str) -> io.Float.Input:
@@ -53,7 +52,7 @@ class ChromaGuider(io.ComfyNode):
         return io.Schema(
             node_id="ChromaGuider",
             display_name="Chroma Guider",
-            category=CATEGORY,
+            category=categories.GUIDANCE,
             description="Classifier-free guidance that can change over the run, be left out where "
             "it does not matter (one model pass instead of two), and be refined.",
             inputs=[
@@ -99,7 +98,7 @@ class ChromaGuidance(io.ComfyNode):
         return io.Schema(
             node_id="ChromaGuidance",
             display_name="Chroma Guidance",
-            category=CATEGORY,
+            category=categories.GUIDANCE,
             description="Refined guidance for KSampler, which keeps its own cfg. To leave passes "
             "out or change the scale over the run, use Chroma Guider.",
             inputs=[

@@ -5,9 +5,9 @@ from comfy_api.latest import io
 
 from ..chroma.checkpoint.inspect import describe, inspect_file
 from ..chroma.tiny import files as small
+from . import categories
 from .host import choices, locate
 from .host_report import Notes
-from .loading import CATEGORY
 
 # {category: the small model's file in it}; all are offered in one menu, as <category>/<file>.
 SMALL_FILES = {
@@ -32,7 +32,7 @@ class ChromaInspect(io.ComfyNode):
         return io.Schema(
             node_id="ChromaInspect",
             display_name="Inspect Model File",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Tell what a model file is, of Chroma or of another model, which formats "
             "are in it, what loads it and what it needs. Only the header is read.",
             inputs=[

@@ -3,12 +3,12 @@
 from comfy_api.latest import io
 
 from ..chroma.tiny import files as small
+from . import categories
 from .host import AUTO, DTYPE_CHOICES, MODEL_DTYPE_CHOICES, choices, locate
 from .host_model import apply_transformer, load_model
 from .host_text import load_clip
 from .host_vae import load_vae
 
-CATEGORY = "Chroma"
 DTYPE_TIP = (
     "Precision of the weights in memory. auto: what suits your hardware, and quantised files stay "
     "as they are. Anything else expands quantised files, if memory allows. bf16 and fp16 take half "
@@ -30,7 +30,7 @@ class ChromaLoadModel(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoadModel",
             display_name="Load Chroma Model",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Load a Chroma transformer, or the small one that comes with these nodes.",
             inputs=[
                 io.Combo.Input(
@@ -61,7 +61,7 @@ class ChromaApplyTransformer(io.ComfyNode):
         return io.Schema(
             node_id="ChromaApplyTransformer",
             display_name="Apply Chroma Transformer",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Run a Chroma that any other loader has loaded through this pack's "
             "transformer. Its weights are shared, not copied.",
             inputs=[
@@ -91,7 +91,7 @@ class ChromaLoadTextEncoder(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoadTextEncoder",
             display_name="Load Chroma Text Encoder",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Load the T5 text encoder that turns prompts into what Chroma reads, with "
             "the padding Chroma was trained with.",
             inputs=[
@@ -124,7 +124,7 @@ class ChromaLoadVAE(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoadVAE",
             display_name="Load Chroma VAE",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Load the Flux autoencoder that turns latents into pictures and back.",
             inputs=[
                 io.Combo.Input(

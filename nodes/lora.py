@@ -13,10 +13,10 @@ from ..chroma.lora.report import report
 from ..chroma.lora.rows import NONE, ROWS, Row, chosen_rows, stack_of, stacked_rows
 from ..chroma.lora.strengths import parse_blocks
 from ..chroma.presets import FLASH
+from . import categories
 from .host_lora import AUTO, HOW, apply_to_clip, apply_to_model, config_of, read_for
 from .host_report import Notes
 from .host_sampling import apply_preset
-from .loading import CATEGORY
 
 LoraStack = io.Custom("LORA_STACK")
 BLOCKS_EXAMPLE = "double 0-9: 0.5, single: 1"
@@ -110,7 +110,7 @@ class ChromaLoadLora(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoadLora",
             display_name="Load Chroma LoRA",
-            category=CATEGORY,
+            category=categories.LORA,
             description="Put a LoRA of any trainer on a Chroma model, also one made for Flux.1 as "
             "far as it fits. The node tells what was applied and what was not.",
             inputs=[
@@ -152,7 +152,7 @@ class ChromaLoraStack(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoraStack",
             display_name="Chroma LoRA Stack",
-            category=CATEGORY,
+            category=categories.LORA,
             description="Put several LoRAs on a Chroma model, one after the other, behind those of "
             "a stack from another node.",
             inputs=[
@@ -199,7 +199,7 @@ class ChromaLoraInfo(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoraInfo",
             display_name="Chroma LoRA Info",
-            category=CATEGORY,
+            category=categories.LORA,
             description="Tell what is in a LoRA file: how much of it fits Chroma, ranks, trainer, "
             "trigger words.",
             inputs=[
@@ -220,13 +220,7 @@ class ChromaLoraInfo(io.ComfyNode):
     @classmethod
     def execute(cls, lora_name, model=None) -> io.NodeOutput:
         config = None if model is None else config_of(model)
-        found = report(read_lora(locate(lora_name), config))
-        notes = Notes()
-        notes.add(found.line())
-        if found.base_model:
-            notes.add(f"made for: {found.base_model}")
-        if found.trigger_words:
-            notes.add(f"trigger words: {', '.join(found.trigger_words)}")
+        notes = Notes(report(read_lora(locate(lora_name), config)).lines())
         return io.NodeOutput("\n".join(notes.lines), ui=notes.tell(_node_id(cls)))
 
 
@@ -236,7 +230,7 @@ class ChromaFlashLora(io.ComfyNode):
         return io.Schema(
             node_id="ChromaFlashLora",
             display_name="Chroma Flash LoRA",
-            category=CATEGORY,
+            category=categories.LORA,
             description="Make a Chroma that paints in few steps without guidance of one that does "
             "not, by a flash LoRA, with the sampler, sigmas and cfg that belong to it.",
             inputs=[

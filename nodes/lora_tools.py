@@ -26,11 +26,11 @@ from ..chroma.lora.tools.resize import resize_lora
 from ..chroma.lora.tools.rules import RankRule
 from ..chroma.lora.tools.spell import COMFYUI, STYLES
 from ..chroma.tiny import files as small
+from . import categories
 from .host import choices
 from .host import locate as locate_model
 from .host_lora import config_of
 from .host_report import Notes, progress_bar
-from .loading import CATEGORY
 from .lora import locate
 from .lora_tools_inputs import (
     all_true,
@@ -80,7 +80,7 @@ class ChromaConvertLora(io.ComfyNode):
         return io.Schema(
             node_id="ChromaConvertLora",
             display_name="Convert Chroma LoRA",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make a LoRA file in the spelling of another program, with the same "
             "result. The original stays as it is.",
             inputs=[
@@ -116,7 +116,7 @@ class ChromaMergeLoras(io.ComfyNode):
         return io.Schema(
             node_id="ChromaMergeLoras",
             display_name="Merge Chroma LoRAs",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make one LoRA file that does what several do together, each at its "
             "strength. The originals stay as they are.",
             inputs=[
@@ -152,7 +152,7 @@ class ChromaResizeLora(io.ComfyNode):
         return io.Schema(
             node_id="ChromaResizeLora",
             display_name="Resize Chroma LoRA",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make a LoRA file of a smaller rank that does nearly the same, by "
             "singular values. The original stays as it is.",
             inputs=[
@@ -213,7 +213,7 @@ class ChromaExtractLora(io.ComfyNode):
         return io.Schema(
             node_id="ChromaExtractLora",
             display_name="Extract Chroma LoRA",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make a LoRA file of the difference between two versions of a Chroma "
             "transformer. One tensor after another is read, so they need not fit into memory.",
             inputs=[
@@ -264,7 +264,7 @@ class ChromaMergeLoraIntoCheckpoint(io.ComfyNode):
         return io.Schema(
             node_id="ChromaMergeLoraIntoCheckpoint",
             display_name="Merge LoRAs into Chroma Model",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make a file of a Chroma transformer or a T5 text encoder with LoRAs in "
             "it, beside the files that the loaders list. The original stays as it is.",
             inputs=[

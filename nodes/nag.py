@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from ..chroma.errors import PromptError
 from ..chroma.nag import MAX_SCALE, MAX_TAU, NAG, NAGSettings
+from . import categories
 from .host_model import apply_transformer
 from .host_nag import NAG_KEY
 from .host_text import LENGTHS
-from .loading import CATEGORY
 
 DEFAULT = NAGSettings()
 
@@ -21,7 +21,7 @@ class ChromaNAG(io.ComfyNode):
         return io.Schema(
             node_id="ChromaNAG",
             display_name="Chroma NAG",
-            category=CATEGORY,
+            category=categories.GUIDANCE,
             description="A negative prompt that works at cfg 1, as Flash wants it, and costs far "
             "less than cfg: Normalized Attention Guidance (Chen et al. 2025).",
             inputs=[

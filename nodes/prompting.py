@@ -16,8 +16,8 @@ from ..chroma.prompt.tokens import Length, measure
 from ..chroma.prompt.wildcard_files import FOLDER, WildcardFolders
 from ..chroma.prompt.wildcards import expand_lines
 from ..chroma.text.encoder import TextEmbedding
+from . import categories
 from .conditioning import (
-    CATEGORY,
     CLIP_TIP,
     WEIGHTS_TIP,
     conditioning_output,
@@ -49,7 +49,7 @@ class ChromaWildcards(io.ComfyNode):
         return io.Schema(
             node_id="ChromaWildcards",
             display_name="Chroma Wildcards",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Make the choices in a prompt by a seed: {red|2::blue} picks an option, "
             "__colour__ a line of models/wildcards/colour.txt.",
             inputs=[
@@ -97,7 +97,7 @@ class ChromaPromptTags(io.ComfyNode):
         return io.Schema(
             node_id="ChromaPromptTags",
             display_name="Chroma Prompt Tags",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Put tags behind the sentences of a prompt as Chroma's captions had them: "
             "quality, aesthetic score, tags of your own, and a repeated sentence.",
             inputs=[
@@ -167,7 +167,7 @@ class ChromaPromptCheck(io.ComfyNode):
         return io.Schema(
             node_id="ChromaPromptCheck",
             display_name="Chroma Prompt Check",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Tell what in a prompt goes against the advice for Chroma: too long, a "
             "short negative prompt, tags between commas.",
             inputs=[
@@ -210,7 +210,7 @@ class ChromaLongTextEncode(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLongTextEncode",
             display_name="Chroma Long Text Encode",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Encode a prompt of more than 512 tokens: in parts, cut between sentences, "
             "which are then joined. Nothing is cut off.",
             inputs=[
@@ -247,7 +247,7 @@ class ChromaTextConcat(io.ComfyNode):
         return io.Schema(
             node_id="ChromaTextConcat",
             display_name="Chroma Text Concat",
-            category=CATEGORY,
+            category=categories.PROMPT,
             description="Join two encoded prompts into one that the model reads together, each "
             "picture of a batch with its own.",
             inputs=[

@@ -11,9 +11,9 @@ from ..chroma.checkpoint.quantise import quantise_file
 from ..chroma.checkpoint.recipe import TARGETS
 from ..chroma.errors import CheckpointError
 from ..chroma.tiny import files as small
+from . import categories
 from .host import choices, locate
 from .host_report import Notes, progress_bar
-from .loading import CATEGORY
 
 # {category: the small model's file in it}; both are offered in one menu, as <category>/<file>.
 SMALL_FILES = {"diffusion_models": small.TRANSFORMER, "text_encoders": small.TEXT_ENCODER}
@@ -36,7 +36,7 @@ class ChromaQuantize(io.ComfyNode):
         return io.Schema(
             node_id="ChromaQuantize",
             display_name="Quantize Chroma Model",
-            category=CATEGORY,
+            category=categories.TOOLS,
             description="Make a smaller file of a Chroma transformer or a T5 text encoder, beside "
             "the files that the loaders list. The original stays as it is.",
             inputs=[

@@ -8,10 +8,10 @@ from ..chroma.option import Option
 from ..chroma.presets import BASE, PRESETS
 from ..samplers import OWN_ETA, SAMPLERS, choose, own_or
 from ..samplers.options import OPTIONS
+from . import categories
 from .host_report import Notes
 from .host_sampling import BatchNoise, apply_preset
 
-CATEGORY = "Chroma"
 SAMPLER_TIP = "For SamplerCustomAdvanced."
 
 
@@ -21,7 +21,7 @@ class ChromaSampler(io.ComfyNode):
         return io.Schema(
             node_id="ChromaSampler",
             display_name="Chroma Sampler",
-            category=CATEGORY,
+            category=categories.SAMPLERS,
             description="Choose how the sampler walks from noise to picture. The same samplers "
             "are in KSampler's list as chroma_...",
             inputs=[
@@ -82,7 +82,7 @@ class _Sampler(io.ComfyNode):
         return io.Schema(
             node_id=cls.__name__,
             display_name=title,
-            category=CATEGORY,
+            category=categories.SAMPLERS,
             description=description,
             inputs=[_number(option) for option in OPTIONS[name]],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip=SAMPLER_TIP)],
@@ -155,7 +155,7 @@ class ChromaBatchNoise(io.ComfyNode):
         return io.Schema(
             node_id="ChromaBatchNoise",
             display_name="Chroma Batch Noise",
-            category=CATEGORY,
+            category=categories.SAMPLERS,
             description="Noise for a batch in which every picture has its own seed: the first has "
             "this one, the second one more, and so on. Each is the picture of its seed alone.",
             inputs=[
@@ -182,7 +182,7 @@ class ChromaPreset(io.ComfyNode):
         return io.Schema(
             node_id="ChromaPreset",
             display_name="Chroma Preset",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Shift, sampler, sigmas and guidance scale that belong together: Chroma's "
             "author's, with this pack's most exact sampler.",
             inputs=[

@@ -6,9 +6,9 @@ from ..schedulers import SCHEDULERS
 from ..schedulers.curve import draw_sigmas
 from ..schedulers.options import OPTIONS
 from ..schedulers.shift import flux_shift
+from . import categories
 from .host_sampling import schedule, set_constant_shift, set_flux_shift
 
-CATEGORY = "Chroma"
 MODEL_TIP = "The MODEL to sample with: its shift decides the sigmas."
 CONSTANT, RESOLUTION = "constant", "resolution"
 
@@ -56,7 +56,7 @@ def _schema(node_id: str, title: str, description: str, own: list[io.Input]) -> 
     return io.Schema(
         node_id=node_id,
         display_name=title,
-        category=CATEGORY,
+        category=categories.SCHEDULERS,
         description=description,
         inputs=[*before, *own, *behind],
         outputs=[_sigmas_output()],
@@ -153,7 +153,7 @@ class ChromaSigmaCurve(io.ComfyNode):
         return io.Schema(
             node_id="ChromaSigmaCurve",
             display_name="Chroma Sigma Curve",
-            category=CATEGORY,
+            category=categories.SCHEDULERS,
             description="A picture of SIGMAS: how fast the noise falls, step by step.",
             inputs=[
                 io.Sigmas.Input("sigmas", tooltip="From any scheduler."),
@@ -173,7 +173,7 @@ class ChromaModelShift(io.ComfyNode):
         return io.Schema(
             node_id="ChromaModelShift",
             display_name="Chroma Model Shift",
-            category=CATEGORY,
+            category=categories.SCHEDULERS,
             description="Set how a MODEL spends its steps: a larger shift spends more of them at "
             "high noise. Without this node ComfyUI samples Chroma at e^1.15 = 3.16.",
             inputs=[

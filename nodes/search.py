@@ -5,7 +5,7 @@ from functools import wraps
 from comfy_api.latest import io
 
 ALIASES: dict[str, tuple[str, ...]] = {
-    "ChromaLoad": ("checkpoint loader", "load all", "pipeline"),
+    "ChromaLoad": ("checkpoint loader", "gguf", "unet", "model loader", "pipeline"),
     "ChromaTextToImage": ("txt2img", "t2i", "generate image", "ksampler"),
     "ChromaLoadModel": ("unet loader", "gguf", "diffusion model", "fp8", "int8"),
     "ChromaApplyTransformer": ("replace model", "convert model"),

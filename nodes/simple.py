@@ -10,6 +10,7 @@ from ..chroma.pipeline import latent_size
 from ..chroma.presets import PRESETS, own_size
 from ..chroma.text.encoder import PadRule
 from ..chroma.tiny import files as small
+from . import categories
 from .host import AUTO, MODEL_DTYPE_CHOICES, choices, locate
 from .host_lora import config_of
 from .host_model import load_model
@@ -17,7 +18,7 @@ from .host_report import Notes
 from .host_sampling import BatchNoise, apply_preset
 from .host_text import load_clip
 from .host_vae import load_vae
-from .loading import CATEGORY, MODEL_DTYPE_TIP
+from .loading import MODEL_DTYPE_TIP
 
 AS_LINK = {"rawLink": True}
 FOLDERS = {
@@ -26,7 +27,8 @@ FOLDERS = {
     "vae_name": "vae",
 }
 TIPS = {
-    "model_name": "A Chroma file from models/diffusion_models, or the small Chroma.",
+    "model_name": "A Chroma file from models/diffusion_models, or the small Chroma, which draws "
+    "emoji only.",
     "text_encoder_name": "A T5-XXL file from models/text_encoders; the small one for the small "
     "Chroma.",
     "vae_name": "ae.safetensors of Flux from models/vae; the small one for the small Chroma.",
@@ -39,7 +41,7 @@ class ChromaLoad(io.ComfyNode):
         return io.Schema(
             node_id="ChromaLoad",
             display_name="Load Chroma",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="Load the three files that Chroma needs: transformer, text encoder and "
             "autoencoder. The small Chroma that comes with these nodes needs no download.",
             inputs=[
@@ -80,7 +82,7 @@ class ChromaTextToImage(io.ComfyNode):
         return io.Schema(
             node_id="ChromaTextToImage",
             display_name="Chroma Text to Image",
-            category=CATEGORY,
+            category=categories.MAIN,
             description="From prompts to pictures with the settings that Chroma's author "
             "recommends. For everything else there are the single nodes, which this one runs.",
             inputs=[
@@ -139,7 +141,10 @@ class ChromaTextToImage(io.ComfyNode):
         p, side = PRESETS[preset].changed(steps, cfg), own_size(config_of(model))
         width, height = width or side, height or side
         latent_size(width, height)
-        Notes([f"{width} x {height}, {p}"]).tell(cls.hidden and cls.hidden.unique_id)
+        notes = Notes([f"{width} x {height}, {p}"])
+        if side == small.SIZE:
+            notes.add(small.DRAWS)
+        notes.tell(cls.hidden and cls.hidden.unique_id)
         graph = GraphBuilder()
 
         def add(kind: str, **inputs: Any) -> Any:

@@ -143,7 +143,7 @@ COMMANDS = (
     _draw("which turns it on", "--cache-max-skips", 1),
     _draw("cannot be used", "--device", "tpu:99"),
     _draw("cannot be used", "--device", "\n"),
-    _draw("is not in /nowhere", "--model", "/nowhere/x.safetensors"),
+    _draw("there is no file /nowhere/x.safe", "--model", "/nowhere/x.safetensors"),
     _draw("together", "--vae", small.VAE),
     _draw("there is no such file", "--lora", "/nowhere/x.safetensors"),
     _draw("is not a file", "--lora", "/nowhere/x.safetensors:0.5"),

@@ -99,7 +99,10 @@ def test_run_with_overrides(tmp_path):
         (["generate", "x", "--shift", "0"], "input shift: 0.0 is not usable"),
         (["generate", "x", "--seed", "-1"], "input noise_seed: -1 is not usable"),
         (["generate", "x", "--out", "x.bmp"], "expected a name ending in .png"),
-        (["generate", "x", "--model", "no.safetensors"], "no.safetensors is not in"),
+        (
+            ["generate", "x", "--model", "no.safetensors"],
+            "--model: there is no file no.safe",
+        ),
         (["generate", "x", "--model", "no.ckpt"], "no.ckpt"),
         (["run", "no.json"], "no.json does not exist"),
         (["run", str(SMALL), "--set", "Save.filename_prefix=../x"], "leads out of its folder"),

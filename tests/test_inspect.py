@@ -96,8 +96,9 @@ def test_a_lora_tells_what_it_changes(tmp_path):
     metadata = {"modelspec.trigger_phrase": "zxq style", "ss_base_model_version": "chroma"}
     found = inspect_file(write(tmp_path, state, metadata))
     assert found.kind == "a LoRA" and found.folder == "models/loras"
-    assert "1 modules of the transformer" in found.lora[0] and "rank 8" in found.lora[0]
-    assert found.lora[1:] == ("made for: chroma", "trigger words: zxq style")
+    words, line, made = found.lora
+    assert "1 modules of the transformer" in line and "rank 8" in line
+    assert (words, made) == ("trigger words: zxq style", "made for: chroma")
 
 
 def test_a_lora_of_another_model_tells_whose_it_is(tmp_path):

@@ -109,13 +109,9 @@ def _lora_lines(checkpoint: Checkpoint) -> tuple[str, ...]:
         found = report(read_lora(checkpoint.path))
     except LoraError as error:
         words = trigger_words(checkpoint.metadata)
-        told = [str(error)]
+        told = [str(error), *([f"trigger words: {', '.join(words)}"] if words else [])]
     else:
-        words, told = found.trigger_words, [found.line()]
-        if found.base_model:
-            told.append(f"made for: {found.base_model}")
-    if words:
-        told.append(f"trigger words: {', '.join(words)}")
+        told = found.lines()
     return tuple(" ".join(line.split()) for line in told)
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 from itertools import islice
 
+from ..config import ChromaConfig
+
 # The first whose pattern is found decides; beside numbers, "." is also the "_" of kohya's names.
 _MODELS = tuple((re.compile(pattern), model) for pattern, model in (
     (r"(double|single)_stream_blocks\.", "HiDream"),
@@ -23,6 +25,7 @@ _MODELS = tuple((re.compile(pattern), model) for pattern, model in (
 ))  # fmt: skip
 # Enough to tell; a header may list a million.
 _LOOKED_AT = 10_000
+_CHROMA1 = ChromaConfig()
 _BLOCK = re.compile(
     r"(?:^|[._])(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)[._](\d+)"
 )
@@ -43,6 +46,9 @@ def recognise(names: Iterable[str], double_depth: int, single_depth: int) -> str
     for name in spelled:
         if (match := _BLOCK.search(name)) is not None:
             depth = single_depth if match[1].startswith("single") else double_depth
+            own = _CHROMA1.single_depth if match[1].startswith("single") else _CHROMA1.double_depth
+            if depth <= int(match[2]) < own:
+                return f"a larger Chroma than this one ({match[1]} {match[2]}), such as Chroma1-HD"
             if int(match[2]) >= depth:
                 such = ", such as Qwen-Image" if match[1] == "transformer_blocks" else ""
                 return f"a model of more blocks{such} ({match[1]} {match[2]})"

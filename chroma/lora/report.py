@@ -51,6 +51,12 @@ class Report:
             line += f"; {len(self.unknown)} tensors not understood: {names}{more}"
         return line
 
+    def lines(self) -> list[str]:
+        """All that matters to a user, what is to be typed into the prompt first."""
+        lines = [f"trigger words: {', '.join(self.trigger_words)}"] if self.trigger_words else []
+        lines.append(self.line())
+        return [*lines, f"made for: {self.base_model}"] if self.base_model else lines
+
 
 def report(lora: LoraFile) -> Report:
     """Describe a file that was read."""

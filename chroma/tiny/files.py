@@ -12,3 +12,5 @@ TOKENIZER = FOLDER / "tokenizer.json"
 LABEL = "small Chroma (included)"
 # Width and height in pixels of the pictures it was trained on.
 SIZE = 128
+# For those who ask it for more than it learned.
+DRAWS = 'the small Chroma draws emoji only, as "a 3d emoji of a fox on a green background"'

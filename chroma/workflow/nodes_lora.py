@@ -69,12 +69,7 @@ def lora_stack(context: Context, model, clip, lora_stack, how, **rows: Any):
 
 def lora_info(context: Context, lora_name: str, model: Model | None):
     config = None if model is None else model.transformer.config
-    found = report(read_lora(context.locate(FOLDER, lora_name), config))
-    lines = [found.line()]
-    if found.base_model:
-        lines.append(f"made for: {found.base_model}")
-    if found.trigger_words:
-        lines.append(f"trigger words: {', '.join(found.trigger_words)}")
+    lines = report(read_lora(context.locate(FOLDER, lora_name), config)).lines()
     log.info("%s", "; ".join(lines))
     return ("\n".join(lines),)
 

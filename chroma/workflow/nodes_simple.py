@@ -32,6 +32,8 @@ def text_to_image(
     width, height = width or side, height or side
     latent_size(width, height)
     log.info("%d x %d, %s", width, height, p)
+    if side == small.SIZE:
+        log.info("%s", small.DRAWS)
     model, sampler, sigmas = apply_preset(model, p)
     positive, negative = (
         encode_text(context, clip, text, PadRule.REFERENCE.value, False)[0]

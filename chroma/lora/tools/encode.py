@@ -52,9 +52,7 @@ def encode_as(name: str, values: Tensor, info: TensorInfo, scale: Tensor | None)
         factor = 1.0 if scale is None else scale.float()
         data = (values / factor).to(DTYPES[info.dtype])
         if not bool(torch.isfinite(torch.stack(data.aminmax())).all()):
-            raise LoraError(
-                f"{name}: a merged value is too large for {info.dtype}; choose bf16"
-            )
+            raise LoraError(f"{name}: a merged value is too large for {info.dtype}; choose bf16")
         return Stored(data, scale, data.float() * factor)
     if info.dtype in _CODES:
         return _as_codes(name, values, info.dtype, scale)
@@ -71,9 +69,7 @@ def _as_codes(name: str, values: Tensor, dtype: str, scale: Tensor | None) -> St
     factor = 1.0 if scale is None else scale.float().reshape(-1, *[1] * (values.ndim - 1))
     codes = values / factor
     if scale is None and float(codes.abs().max()) > most + half_step:
-        raise LoraError(
-            f"{name}: a merged value is beyond {dtype}'s {most:g}; choose bf16"
-        )
+        raise LoraError(f"{name}: a merged value is beyond {dtype}'s {most:g}; choose bf16")
     codes = codes.clamp_(-most, most)
     data = codes.round_().to(torch.int8) if dtype == "I8" else codes.to(torch_dtype)
     held = data.view(form.dtype)
