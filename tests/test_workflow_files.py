@@ -153,7 +153,7 @@ def test_the_note_names_every_file_its_folder_and_the_recommended_settings(path)
     lines = note.splitlines()
     for folder, name in wanted:
         own = [line for line in lines if line.startswith(f"- `models/{folder}`: ")]
-        if name == "your-lora.safetensors":
+        if name == "choose-your-lora.safetensors":
             assert any("LoRA of your own" in line for line in own)
             continue
         assert [line for line in own if f"[{name}](https://huggingface.co/" in line]
