@@ -186,8 +186,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 def _check_files(args: argparse.Namespace) -> None:
     for flag in ("model", "text_encoder", "tokenizer", "vae", "image", "mask"):
         path = getattr(args, flag)
-        if path is not None and not path.is_file():
-            error = ImageError if flag in ("image", "mask") else CheckpointError
+        picture = flag in ("image", "mask")
+        if path is not None and not path.is_file() and (picture or not path.is_dir()):
+            error = ImageError if picture else CheckpointError
             raise error(f"--{flag.replace('_', '-')}: there is no file {path}; give its whole path")
 
 

@@ -171,7 +171,7 @@ def lines(found: Diagnosis) -> list[str]:
     out += [f"{name} {version}" for name, version in found.packages.items()]
     version = found.comfyui.get("version")
     absent = "not found, which matters inside ComfyUI alone; COMFYUI_PATH names its folder"
-    out.append(f"ComfyUI: {absent if version is None else version}")
+    out.append(f"ComfyUI: {f'found, version {version}' if version else absent}")
     for device in found.devices:
         out.append(f"{device.name}: {device.description}")
         out.append(f"  {device.free / 1e9:.1f} of {device.total / 1e9:.1f} GB free")

@@ -6,7 +6,7 @@ class ChromaError(ValueError):
 
     def __init_subclass__(cls) -> None:
         # ComfyUI loads the pack under the path of its folder, and shows an error's module.
-        cls.__module__ = "chroma_nodes.errors"
+        cls.__module__ = "chroma_nodes.chroma.errors"
 
 
 class CheckpointError(ChromaError):

@@ -159,7 +159,7 @@ def adopt_clip(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
 
     Raises CheckpointError if there is no T5 in it.
     """
-    model = clip.cond_stage_model
+    model = getattr(clip, "cond_stage_model", None)
     if isinstance(model, HostTextModel):
         return clip
     t5xxl = getattr(model, "t5xxl", None)

@@ -133,7 +133,7 @@ class ChromaLoadLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, blocks) -> bool | str:
+    def validate_inputs(cls, blocks=None) -> bool | str:
         return _blocks_are_text(blocks)
 
     @classmethod

@@ -100,7 +100,7 @@ class ChromaConvertLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
         return check_name(filename_prefix)
 
     @classmethod
@@ -131,7 +131,7 @@ class ChromaMergeLoras(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
         return check_name(filename_prefix)
 
     @classmethod
@@ -184,7 +184,9 @@ class ChromaResizeLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, rank, measure, value, filename_prefix) -> bool | str:
+    def validate_inputs(
+        cls, rank=None, measure=None, value=None, filename_prefix=None
+    ) -> bool | str:
         # ComfyUI leaves what it hands over to the node, the menu too.
         ruled = wrong_choice(cls, {"measure": measure}) or True
         if ruled is True and measure is not None:
@@ -241,7 +243,7 @@ class ChromaExtractLora(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, rank, energy, filename_prefix) -> bool | str:
+    def validate_inputs(cls, rank=None, energy=None, filename_prefix=None) -> bool | str:
         limits = {} if energy == 0 else {"energy": energy}
         return all_true(check_rule(rank, "energy", limits), check_name(filename_prefix))
 
@@ -290,7 +292,7 @@ class ChromaMergeLoraIntoCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
         return check_name(filename_prefix)
 
     @classmethod

@@ -24,7 +24,8 @@ def comfyui_checks_menus() -> bool:
     """Whether ComfyUI looks at new-style menus itself: it then names their type."""
     import execution
 
-    return "Combo" in execution.validate_inputs.__code__.co_names
+    code = getattr(inspect.unwrap(execution.validate_inputs), "__code__", None)
+    return code is not None and "Combo" in code.co_names
 
 
 def checks_menus(node: type[io.ComfyNode]) -> type[io.ComfyNode]:

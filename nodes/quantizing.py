@@ -91,7 +91,7 @@ class ChromaQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, filename_prefix) -> bool | str:
+    def validate_inputs(cls, filename_prefix=None) -> bool | str:
         return check_name(filename_prefix)
 
     @classmethod

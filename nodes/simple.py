@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from comfy.cli_args import args
 from comfy_api.latest import io
 from comfy_execution.graph_utils import GraphBuilder
 
@@ -20,7 +21,9 @@ from .host_text import load_clip
 from .host_vae import load_vae
 from .loading import MODEL_DTYPE_TIP
 
-AS_LINK = {"rawLink": True}
+# A link in place of the value, so that ComfyUI knows the encoded prompts again under another seed.
+# Where it keeps nothing it would load the file once more for that.
+AS_LINK = {"rawLink": not getattr(args, "cache_none", False)}
 FOLDERS = {
     "model_name": "diffusion_models",
     "text_encoder_name": "text_encoders",
@@ -87,9 +90,8 @@ class ChromaTextToImage(io.ComfyNode):
             "recommends. For everything else there are the single nodes, which this one runs.",
             inputs=[
                 io.Model.Input("model", tooltip="From Load Chroma, or with LoRAs on it."),
-                # As links, so that ComfyUI knows the encoded prompts again under another seed.
                 io.Clip.Input("clip", tooltip="From Load Chroma.", extra_dict=AS_LINK),
-                io.Vae.Input("vae", tooltip="From Load Chroma.", extra_dict=AS_LINK),
+                io.Vae.Input("vae", tooltip="From Load Chroma."),
                 io.String.Input(
                     "prompt", multiline=True, dynamic_prompts=True, tooltip="What to paint."
                 ),

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def choose(
     if s_noise != 1:
         options["s_noise"] = s_noise
     for option, value in options.items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, Real) or isinstance(value, bool):
             raise SamplingError(f"{option} of the sampler {name} is {value!r}; expected a number")
         if not takes(sampler, option):
             able = [other for other, function in samplers.items() if takes(function, option)]

@@ -34,8 +34,8 @@ class Run:
 class Server:
     """One ComfyUI process; a context manager."""
 
-    def __init__(self, checkout: Path, base: Path) -> None:
-        self.base, self.checkout = base, checkout
+    def __init__(self, checkout: Path, base: Path, *options: str) -> None:
+        self.base, self.checkout, self.options = base, checkout, options
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -50,7 +50,7 @@ class Server:
         command = [
             sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
             "--base-directory", str(self.base), "--preview-method", "latent2rgb",
-            "--database-url", "sqlite:///:memory:",
+            "--database-url", "sqlite:///:memory:", *self.options,
         ]  # fmt: skip
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(

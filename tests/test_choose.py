@@ -1,5 +1,6 @@
 """Samplers by name: every one keeps the contract, and options that do not fit are refused."""
 
+import numpy as np
 import pytest
 import torch
 from chroma_nodes.chroma.errors import SamplingError
@@ -71,8 +72,10 @@ def test_options_that_do_not_fit():
         choose(SAMPLERS, "heun", s_noise=1.1)
     with pytest.raises(SamplingError, match=r"unknown sampler 'magic'.*euler"):
         choose(SAMPLERS, "magic")
-    with pytest.raises(SamplingError, match=r"order of the sampler deis is 'x'; expected a number"):
-        choose(SAMPLERS, "deis", order="x")
+    for order in ("x", True):
+        with pytest.raises(SamplingError, match=r"order of the sampler deis is .*a number"):
+            choose(SAMPLERS, "deis", order=order)
+    choose(SAMPLERS, "gradient_estimation", ge_gamma=np.float32(1.5))
     for eta in (-0.5, float("nan")):
         with pytest.raises(SamplingError, match="sa_solver: eta"):
             choose(SAMPLERS, "sa_solver", eta=eta)

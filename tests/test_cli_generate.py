@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from chroma_nodes.chroma.cli import main, parse
 from chroma_nodes.chroma.image import load_image, save_png
 from chroma_nodes.chroma.pipeline import Pipeline, Settings, decode, generate
+from chroma_nodes.chroma.tiny import files as small
 from chroma_nodes.chroma.workflow import REGISTRY, check
 from chroma_nodes.chroma.workflow.single import Extras, text_to_image
 from chroma_nodes.samplers import SAMPLERS
@@ -299,3 +301,15 @@ def test_the_help_page_tells_every_option(capsys):
     for tables in (SAMPLER_OPTIONS, SCHEDULE_OPTIONS):
         for option in itertools.chain(*tables.values()):
             assert f"--{option.name.replace('_', '-')} " in page
+
+
+def test_a_model_in_a_folder(chroma, tmp_path):
+    """As diffusers saves one, with the file's name for that."""
+    folder = tmp_path / "Chroma1"
+    folder.mkdir()
+    shutil.copy(small.TRANSFORMER, folder / "diffusion_pytorch_model.safetensors")
+    texts = ("--text-encoder", small.TEXT_ENCODER, "--tokenizer", small.TOKENIZER)
+    (name,), _ = chroma(
+        PROMPT, "--model", folder, *texts, "--vae", small.VAE, "--steps", 1, "--out", "a.png"
+    )
+    assert Image.open(tmp_path / name).size == (64, 64)

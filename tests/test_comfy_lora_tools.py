@@ -366,7 +366,7 @@ GOOD = {
     ("node", "changes", "says"),
     [
         *((node, {}, None) for node in GOOD),
-        ("ChromaConvertLora", dict.fromkeys(GOOD["ChromaConvertLora"]), None),
+        *((node, dict.fromkeys(GOOD[node]), None) for node in GOOD),
         ("ChromaConvertLora", {"lora_name": "../a.safetensors"}, "lora_name '../a.safetensors'"),
         ("ChromaConvertLora", {"style": "flux"}, "style 'flux' is not in the list"),
         ("ChromaConvertLora", {"filename_prefix": "../x"}, "'../x' is no name"),

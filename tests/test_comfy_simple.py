@@ -1,10 +1,12 @@
 """The two nodes of a whole picture on a real ComfyUI server. Set COMFYUI_PATH to a checkout."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from chroma_nodes.chroma.tiny import files as small
+from comfy_queue import Server
 from PIL import Image
 from test_simple_nodes import pictures, two_nodes
 
@@ -52,3 +54,21 @@ def test_another_seed_does_not_encode_the_prompts_again(server):
     assert encoded(seed=5, prompt="a 3d emoji of a fox") > 0
     assert encoded(seed=6, prompt="a 3d emoji of a fox") == 0
     assert encoded(seed=6, prompt="a 3d emoji of a cow") == 1
+
+
+def test_no_link_is_followed_again_where_nothing_is_kept(tmp_path):
+    """ComfyUI would load the files once more behind each link of the graph inside."""
+    checkout = Path(CHECKOUT or "")
+    with Server(checkout, tmp_path / "base", "--cache-none") as bare:
+        info = bare.get("/object_info/ChromaTextToImage")["ChromaTextToImage"]["input"]["required"]
+        assert not any(options[-1].get("rawLink") for options in info.values() if options[1:])
+
+
+def test_a_clip_that_is_none_is_one_line(server):
+    prompt = two_nodes()
+    node = next(n for n in prompt.values() if n["class_type"] == "ChromaTextToImage")
+    node["inputs"]["clip"] = "abc"
+    run = server.run(prompt)
+    assert run.ending == "execution_error"
+    assert "this CLIP holds" in run.data["exception_message"]
+    assert run.data["exception_type"] == "chroma_nodes.chroma.errors.CheckpointError"

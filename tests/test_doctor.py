@@ -72,10 +72,10 @@ def test_comfyui(comfyui, content):
     file = comfyui / "comfyui_version.py"
     if content is None:
         file.unlink()
-        assert told("--json") and "ComfyUI: " in told()
+        assert told("--json") and "ComfyUI: not found, " in told()
         return
     if content == "junk":
         file.write_text("")
     version = "unknown" if content == "junk" else content
-    assert f"ComfyUI: {version}" in told().splitlines()
+    assert f"ComfyUI: found, version {version}" in told().splitlines()
     assert json.loads(told("--json"))["comfyui"] == {"found": "yes", "version": version}

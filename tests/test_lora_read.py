@@ -208,6 +208,18 @@ def test_another_model(name, write):
         refuse(write(peft(name, (32, 32)) | more), f"a LoRA of {OTHERS[name]}", "Chroma or Flux.1")
 
 
+def blocks_of(kind, count, inner):
+    return {k: v for i in range(count) for k, v in peft(f"{kind}.{i}.{inner}", (32, 32)).items()}
+
+
+@pytest.mark.parametrize(
+    ("count", "told"), [(18, "a LoRA of a larger Chroma than this one"), (60, "such as Qwen-Image")]
+)
+def test_blocks_that_a_small_model_does_not_have(write, count, told):
+    """Up to Chroma1's number it is for Chroma1, beyond that for another model."""
+    refuse(write(blocks_of("transformer.transformer_blocks", count, "attn.to_q")), told)
+
+
 def test_no_producer_is_taken_for_another_model(read):
     """With a tensor that is not known beside it, each file is still read."""
     for producer in PRODUCERS.values():

@@ -23,7 +23,7 @@ def test_every_node_tells_its_aliases_where_comfyui_asks_for_them():
         assert told.get("search_aliases") == (list(ALIASES[name]) if asked else None)
 
 
-def test_aliases_find_what_names_and_categories_do_not():
+def test_aliases_find_what_names_do_not():
     for node in pack.NODES:
         schema = node.GET_SCHEMA()
         title = f"{schema.node_id} {schema.display_name}".lower()

@@ -25,7 +25,6 @@ _MODELS = tuple((re.compile(pattern), model) for pattern, model in (
 ))  # fmt: skip
 # Enough to tell; a header may list a million.
 _LOOKED_AT = 10_000
-_CHROMA1 = ChromaConfig()
 _BLOCK = re.compile(
     r"(?:^|[._])(single_transformer_blocks|transformer_blocks|double_blocks|single_blocks)[._](\d+)"
 )
@@ -43,13 +42,18 @@ def recognise(names: Iterable[str], double_depth: int, single_depth: int) -> str
     for pattern, model in _MODELS:
         if any(pattern.search(name) for name in dotted):
             return model
-    for name in spelled:
-        if (match := _BLOCK.search(name)) is not None:
-            depth = single_depth if match[1].startswith("single") else double_depth
-            own = _CHROMA1.single_depth if match[1].startswith("single") else _CHROMA1.double_depth
-            if depth <= int(match[2]) < own:
-                return f"a larger Chroma than this one ({match[1]} {match[2]}), such as Chroma1-HD"
-            if int(match[2]) >= depth:
-                such = ", such as Qwen-Image" if match[1] == "transformer_blocks" else ""
-                return f"a model of more blocks{such} ({match[1]} {match[2]})"
+    last: dict[str, int] = {}
+    for match in filter(None, map(_BLOCK.search, spelled)):
+        last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    for kind, number in last.items():
+        if number >= (single_depth if kind.startswith("single") else double_depth):
+            if all(n < _depth_of_chroma1(other) for other, n in last.items()):
+                return f"a larger Chroma than this one ({kind} {number}), such as Chroma1-HD"
+            such = ", such as Qwen-Image" if kind == "transformer_blocks" else ""
+            return f"a model of more blocks{such} ({kind} {number})"
     return None
+
+
+def _depth_of_chroma1(kind: str) -> int:
+    config = ChromaConfig()
+    return config.single_depth if kind.startswith("single") else config.double_depth

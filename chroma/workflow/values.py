@@ -114,6 +114,6 @@ class Context:
         else:
             path = self.models / folder / name
             remedy = f"put it there, name another folder with --models, or use '{small.LABEL}'"
-        if not path.is_file():
+        if not path.is_file() and not ((folder, name) in self.files and path.is_dir()):
             raise WorkflowError(f"the file {name} is not in {path.parent}; {remedy}")
         return path
