@@ -97,7 +97,7 @@ class Server:
 
         client = uuid.uuid4().hex
         url = f"ws://127.0.0.1:{self.port}/ws?clientId={client}"
-        with connect(url, max_size=None) as socket_:
+        with connect(url, max_size=None, ping_interval=None) as socket_:
             status, reply = self.post("/prompt", {"prompt": prompt, "client_id": client})
             assert status == 200 and not reply["node_errors"], reply
             run = Run(reply["prompt_id"])
