@@ -5,6 +5,7 @@
 Needs matplotlib. Prints the tables of docs/sampling.md and writes its pictures.
 """
 
+import argparse
 import json
 import math
 import statistics
@@ -57,10 +58,17 @@ def table(title: str, rows: dict[str, Cells]) -> None:
 
 
 def plot_errors(axes: Any, title: str, rows: dict[str, Cells]) -> None:
+    """A colour for each sampler, dashes for ComfyUI's; flow_pec in black."""
+    names = dict.fromkeys(name.removeprefix("ComfyUI ") for name in rows)
+    colours = dict(zip(names, pyplot.get_cmap("tab20").colors[::2] * 2, strict=False))
     for name, cell in rows.items():
-        style = "-" if name == "flow_pec" else "--" if name.startswith("ComfyUI") else ":"
-        counts = [int(n) for n in cell]
-        axes.loglog(counts, list(cell.values()), style, marker="o", label=name, markersize=3)
+        theirs = name.startswith("ComfyUI")
+        axes.loglog(
+            [int(count) for count in cell], list(cell.values()), "--" if theirs else "-",
+            color="black" if name == "flow_pec" else colours[name.removeprefix("ComfyUI ")],
+            linewidth=2 if name == "flow_pec" or theirs else 1, marker="o", markersize=3,
+            zorder=1 if theirs else 2, label=name,
+        )  # fmt: skip
     axes.set_title(title)
     axes.set_xlabel("model evaluations")
     axes.set_ylabel("relative error of the final latent")
@@ -115,5 +123,6 @@ def passes_report() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     errors_report()
     passes_report()

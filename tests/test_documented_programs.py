@@ -51,6 +51,8 @@ def test_every_benchmark_is_documented():
 def test_a_program_takes_what_its_lines_give_it(program):
     command = [sys.executable, *program.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if "No module named 'matplotlib'" in done.stderr:
+        pytest.skip("matplotlib, which only this program needs, is not installed")
     assert done.returncode == 0, done.stderr
     for line in LINES[program]:
         for word in shlex.split(line.replace("[", " ").replace("]", " ")):
