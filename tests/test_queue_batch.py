@@ -283,10 +283,19 @@ def test_a_server_that_was_restarted(fake, tmp_path, monkeypatch):
 
 def test_a_server_that_stops_answering(fake, tmp_path):
     fake.polls = 10**9
-    threading.Timer(0.2, fake.__exit__).start()
+    real, stopping = fake.on_history, []
+
+    def on_history(path, body):
+        if not stopping:
+            stopping.append(threading.Thread(target=fake.__exit__))
+            stopping[0].start()
+        return real(path, body)
+
+    fake.on_history = on_history
     line = refused(fake, tmp_path)
     assert "no ComfyUI server answers" in line and line.endswith("goes on from there")
-    fake.polls = 1
+    stopping[0].join()
+    fake.polls, fake.on_history = 1, real
     fake.__enter__()
     # What a server without a restart still has is waited for, not queued again.
     assert len(run(fake, tmp_path).saved) == 3 and sent(fake) == TEXTS
